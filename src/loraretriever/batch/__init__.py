@@ -1,0 +1,1 @@
+"""Many compositions in one forward pass."""

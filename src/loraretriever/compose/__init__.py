@@ -1,0 +1,1 @@
+"""From ranked adapters to a composition."""

@@ -1,0 +1,1 @@
+"""Running compositions: from requests to generations."""

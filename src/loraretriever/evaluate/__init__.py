@@ -1,0 +1,1 @@
+"""Measuring answers: task files, metrics, reports."""

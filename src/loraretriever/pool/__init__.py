@@ -1,0 +1,1 @@
+"""The registry of adapters: admission, weights, samples, embeddings."""

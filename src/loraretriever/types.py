@@ -1,0 +1,156 @@
+"""What travels between the steps: prompt -> retrieve -> compose -> batch -> generate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt that an adapter is meant for. `source` says where it came from."""
+
+    text: str
+    source: str = "given"  # "given", "model_card", "description" or "name"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One revision of a LoRA in the pool. `digest` is the SHA-256 of its content and names its folder."""
+
+    name: str
+    revision: int
+    digest: str
+    folder: Path
+    base_model: str
+    enabled: bool
+    description: str
+    tags: tuple[str, ...]
+    source: str
+    created: datetime
+    ranks: tuple[int, ...]  # the distinct ranks of its modules, ascending
+    targets: tuple[str, ...]  # the distinct last names of its modules, such as "q_proj"
+    size: int  # bytes of the weights file
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """The two factors of one module: a (rank, in), b (out, rank); its update is `scaling * b @ a`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """All factors of an adapter, keyed by module path in the base model ("model.layers.0.self_attn.q_proj")."""
+
+    name: str
+    digest: str
+    modules: Mapping[str, LoraPair]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelSpec:
+    """What admission must know of a base model: (out, in) features of each linear module, by module path."""
+
+    name: str
+    linear: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An adapter found for a prompt. `score` is the retriever's; for the paper's formula a cosine."""
+
+    adapter: str
+    score: float
+
+
+class Mixer(StrEnum):
+    """How the chosen adapters act together on a row, with weights w and scalings s.
+
+    OUTPUTS:    y += Σ_p w_p s_p B_p A_p x            (selection, mixture)
+    PARAMETERS: y += (Σ_p w_p s_p B_p)(Σ_q w_q A_q) x (the paper's fusion: A and B averaged each)
+    """
+
+    OUTPUTS = "outputs"
+    PARAMETERS = "parameters"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Which adapters answer one prompt, and how. No adapters: the base model answers."""
+
+    strategy: str
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    mixer: Mixer = Mixer.OUTPUTS
+
+
+BASE_COMPOSITION = Composition("base")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for the engine, with its composition. `prompt` is the final text, chat template applied."""
+
+    prompt: str
+    composition: Composition = BASE_COMPOSITION
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the engine made of one request. `seconds` is the time from submission to the end of its batch."""
+
+    text: str
+    finish_reason: str  # "stop" (end token or stop string) or "length"
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What retrieval says of one prompt: the ranked hits, and whether none passed the threshold."""
+
+    prompt: str
+    hits: tuple[Hit, ...]
+    fallback: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt, with all that led to it."""
+
+    prompt: str
+    text: str
+    hits: tuple[Hit, ...]
+    fallback: bool
+    composition: Composition
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    retrieval_seconds: float
+    generation_seconds: float
