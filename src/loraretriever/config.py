@@ -4,6 +4,59 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from loraretriever.errors import InvalidInputError
+
+ENVIRONMENT_PREFIX = "LORARETRIEVER_"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# LoraRetriever (arXiv 2402.09997), section 3.2: the instruction put before samples and prompts alike.
+PAPER_INSTRUCTION = "Represent the sentence for similar task retrieval: "
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Settings:
+    """How a LoraRetriever works. Each field can be set by the environment: `LORARETRIEVER_` and its name in capitals.
+
+    `base_model` None takes the pool's. `threshold`: a hit with a lower score is not used; when none is left the
+    base model answers. `temperature` belongs to the weighting by score, not to the sampling of tokens.
+    """
+
+    base_model: str | None = None
+    encoder: str = DEFAULT_ENCODER
+    instruction: str = PAPER_INSTRUCTION
+    k: int = Field(default=3, ge=1)
+    threshold: float = 0.0
+    strategy: str = "mixture"
+    weighting: str = "score"
+    temperature: float = Field(default=0.05, gt=0)
+    device: str = "cpu"
+    dtype: str = "auto"
+    slots: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment, then from the overrides that are not None.
+
+    Raises:
+        InvalidInputError: an unknown name, or a value of the wrong type or range.
+    """
+    fields = Settings.__dataclass_fields__
+    variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in fields}
+    environment = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
+    values = environment | {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return TypeAdapter(Settings).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidInputError(
+            f"setting {name} is {first['input']!r}: {first['msg']}. Known settings: {', '.join(fields)}."
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -11,7 +64,7 @@ def cache_folder() -> Path:
 
     `LORARETRIEVER_CACHE`, else `loraretriever` below `XDG_CACHE_HOME` or `~/.cache`.
     """
-    chosen = os.environ.get("LORARETRIEVER_CACHE")
+    chosen = os.environ.get(ENVIRONMENT_PREFIX + "CACHE")
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loraretriever"

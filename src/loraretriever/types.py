@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from loraretriever.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +104,11 @@ BASE_COMPOSITION = Composition("base")
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+    """How tokens are chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 are off.
+
+    Raises:
+        InvalidInputError: a value is out of its range.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -110,14 +117,28 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing."""
+        rules = (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("stop", self.stop, all(self.stop), "strings that are not empty"),
+        )
+        for name, value, is_valid, expected in rules:
+            if not is_valid:
+                raise InvalidInputError(f"{name} is {value!r}; expected {expected}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt for the engine, with its composition. `prompt` is the final text, chat template applied."""
+    """One prompt for the engine, with its composition. `chat` puts it into the model's chat template."""
 
     prompt: str
     composition: Composition = BASE_COMPOSITION
     sampling: Sampling = field(default_factory=Sampling)
+    chat: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,5 @@
 """Running compositions: from requests to generations."""
+
+from loraretriever.engine.base import Engine
+
+__all__ = ["Engine"]

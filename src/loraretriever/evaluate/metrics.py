@@ -43,7 +43,7 @@ def bleu(answer: str, reference: str) -> float:
 @functools.cache
 def _bleu_metric() -> Any:
     with require_extra("evaluate"):
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     return BLEU(effective_order=True)
 
 

@@ -130,7 +130,7 @@ def _run_steps(
     for step in range(len(losses), len(batches)):
         start = time.perf_counter()
         loss = _completion_loss(model.base_model.model, batches[step])
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -164,7 +164,13 @@ def _completion_loss(model: Any, batch: list[_Tokens]) -> torch.Tensor:
 
 
 def _write_checkpoint(
-    path: Path, settings: TrainingSettings, model: Any, optimizer: Any, schedule: Any, losses: list[float], seconds: float
+    path: Path,
+    settings: TrainingSettings,
+    model: Any,
+    optimizer: Any,
+    schedule: Any,
+    losses: list[float],
+    seconds: float,
 ) -> None:
     state = {
         "settings": asdict(settings),
@@ -196,9 +202,7 @@ def _resume(
 
 def _save(model: Any, base_name: str, folder: Path) -> None:
     """Write the adapter's two files; the weights last, and by renaming, so that they mark a finished training."""
-    config = dataclasses.replace(
-        model.peft_config["default"], base_model_name_or_path=base_name, inference_mode=True
-    )
+    config = dataclasses.replace(model.peft_config["default"], base_model_name_or_path=base_name, inference_mode=True)
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     weights = {k: v.to(torch.float16).contiguous() for k, v in get_peft_model_state_dict(model).items()}

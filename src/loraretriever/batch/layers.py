@@ -1,0 +1,177 @@
+"""`LoraLayers`: one base model whose rows may each use other adapters. The engine's door to this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraretriever.batch.inject import Active, LoraGroup, activated, group_of, linear_shape
+from loraretriever.batch.routing import Routing, RowRoute
+from loraretriever.batch.slots import AdapterRef, SlotTable
+from loraretriever.batch.stacks import GroupStack, check_fits
+from loraretriever.errors import InvalidInputError
+from loraretriever.types import AdapterWeights
+
+
+class LoraLayers:
+    """A model's linear modules with room for `slots` adapters.
+
+    Memory is bounded: slots x rank x (in + out) numbers for each targeted module, where rank is the largest that
+    has been loaded. Adapters that are not needed leave when others need their slot. Not safe for several threads.
+
+    Example:
+        layers = LoraLayers(model, slots=8, load=lambda ref: load_weights(folder / ref.digest, ref.name, ref.digest))
+        routing = layers.route([RowRoute((sql,), (1.0,)), RowRoute((sql, german), (0.7, 0.3)), BASE_ROW])
+        with layers.use(routing):
+            model(input_ids)  # three rows
+    """
+
+    def __init__(self, model: Any, slots: int, load: Callable[[AdapterRef], AdapterWeights]) -> None:
+        self._table = SlotTable(slots)
+        self._load = load
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.device: torch.device = next(model.parameters()).device
+        self._groups: dict[str, LoraGroup] = {}
+        self._targets: set[str] = set()
+        self._rank = 0
+        self._active = Active()
+        self._epoch = 0
+        self._held: frozenset[AdapterRef] = frozenset()
+        self._last: tuple[tuple[RowRoute, ...], Routing] | None = None
+
+    @property
+    def slots(self) -> int:
+        """The largest number of different adapters in one batch."""
+        return self._table.capacity
+
+    @property
+    def resident(self) -> tuple[AdapterRef, ...]:
+        """The adapters that are loaded, least recently used first."""
+        return self._table.resident
+
+    @property
+    def rank(self) -> int:
+        """The rank of a slot: the largest of all adapters loaded so far."""
+        return self._rank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(group.stack.nbytes for group in self._groups.values() if group.stack is not None)
+
+    def acquire(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, int]:
+        """Load the adapters that are missing and return each one's slot; they stay until the next call.
+
+        Call it with all adapters of a step before several `route` calls for parts of that step. Slots may move, so
+        routings made earlier can become stale; `use` refuses those.
+
+        Raises:
+            InvalidInputError: more distinct adapters than slots, or an adapter that does not fit the model.
+        """
+        if self._active.routing is not None:
+            raise RuntimeError("adapters cannot be loaded while a routing is in use; leave its block first.")
+        wanted = frozenset(refs)
+        missing = self._table.touch(refs)
+        self._held = frozenset()
+        # Slots outlive the caller's inference mode, in which tensors made could not be written to later.
+        with torch.inference_mode(False), torch.no_grad():
+            for ref in missing:
+                self._fill(ref, wanted)
+            for one, other in self._table.compact(wanted):
+                self._epoch += 1
+                for stack in self._stacks():
+                    stack.exchange(one, other)
+        self._held = wanted
+        return {ref: self._table[ref] for ref in wanted}
+
+    def route(self, rows: Sequence[RowRoute]) -> Routing:
+        """The routing for the rows of the next forward pass, with all their adapters loaded.
+
+        The rows of the last call get the same routing again, so it may be called at every step.
+        """
+        key = tuple(rows)
+        if self._last is not None and self._last[0] == key and self._last[1].epoch == self._epoch:
+            return self._last[1]
+        refs = list(dict.fromkeys(ref for row in rows for ref in row.adapters))
+        if not self._held.issuperset(refs):
+            self.acquire(refs)
+        routing = Routing(rows, {ref: self._table[ref] for ref in refs}, self.device, self._epoch)
+        self._last = (key, routing)
+        return routing
+
+    def use(self, routing: Routing) -> AbstractContextManager[None]:
+        """Inside the block the model's forward passes follow the routing; outside, it is the base model.
+
+        Raises:
+            InvalidInputError: slots have changed since the routing was made.
+        """
+        if self._active.routing is not None:
+            raise RuntimeError("another routing is in use; leave its block first.")
+        if routing.epoch != self._epoch and not routing.is_empty:
+            raise InvalidInputError(
+                f"the routing is of epoch {routing.epoch}, but slots have changed since (epoch {self._epoch}); "
+                "make it with route() right before the forward pass, or acquire() all adapters of the step first."
+            )
+        return activated(self._active, routing, iter(self._groups.values()))
+
+    def eject(self) -> None:
+        """Restore the model and drop all slots; the object can be used again."""
+        for group in self._groups.values():
+            group.eject()
+        self._groups.clear()
+        self._targets.clear()
+        self._table = SlotTable(self._table.capacity)
+        self._rank, self._held, self._last = 0, frozenset(), None
+        self._epoch += 1
+
+    def _fill(self, ref: AdapterRef, keep: frozenset[AdapterRef]) -> None:
+        """Load one adapter into a slot. Nothing has changed if it cannot be loaded."""
+        weights = self._load(ref)
+        self._check(ref, weights)
+        rank = max(self._rank, *(pair.a.shape[0] for pair in weights.modules.values()))
+        self._make_fit(rank, sorted(weights.modules))
+        slot = self._table.make_room(keep)
+        self._epoch += 1
+        for stack in self._stacks():
+            stack.write(slot, weights.modules)
+        self._table.put(ref, slot)
+
+    def _check(self, ref: AdapterRef, weights: AdapterWeights) -> None:
+        if weights.digest != ref.digest:
+            raise InvalidInputError(
+                f"adapter {ref.name!r} was asked for with digest {ref.digest!r}, but {weights.digest!r} was loaded; "
+                "it has been replaced since, so look its digest up again."
+            )
+        if not weights.modules:
+            raise InvalidInputError(f"adapter {ref.name!r} has no modules; expected at least one. Train it again.")
+        for name, pair in weights.modules.items():
+            module = self._modules.get(name)
+            if module is None:
+                raise InvalidInputError(
+                    f"adapter {ref.name!r} targets {name!r}, which the base model does not have; "
+                    "use an adapter that was trained for this base model."
+                )
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            check_fits(ref.name, name, pair, linear_shape(name, module), weight.dtype)
+
+    def _make_fit(self, rank: int, names: Sequence[str]) -> None:
+        """Give the slots at least this rank, and the targeted modules adapters."""
+        new = [name for name in names if name not in self._targets]
+        by_group: dict[str, dict[str, nn.Module]] = {}
+        for name in new:
+            key = group_of(name, linear_shape(name, self._modules[name])[1])
+            by_group.setdefault(key, {})[name] = self._modules[name]
+        grown = self._groups if rank > self._rank else {}
+        for key in {**grown, **by_group}:
+            group = self._groups.setdefault(key, LoraGroup(self._active))
+            group.resize(self._table.capacity, rank, by_group.get(key, {}))
+        self._targets.update(new)
+        self._rank = rank
+
+    def _stacks(self) -> Iterator[GroupStack]:
+        return (group.stack for group in self._groups.values() if group.stack is not None)

@@ -1,0 +1,84 @@
+"""Strategies: from ranked hits, best first, to a composition.
+
+Third parties add a strategy by an entry point in the group `loraretriever.strategies` whose object is a
+`Strategy`, such as a plain function; the entry point's name is the strategy's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from loraretriever.errors import InvalidInputError
+from loraretriever.types import Composition, Hit, Mixer
+
+ENTRY_POINT_GROUP = "loraretriever.strategies"
+
+
+class Strategy(Protocol):
+    """A rule that turns hits into a composition."""
+
+    def __call__(self, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+        """Compose.
+
+        Args:
+            hits: at least one, best first.
+            weights: one per hit, summing to 1 when they come from scores.
+        """
+        ...
+
+
+def selection(hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """The best adapter alone (LoraRetriever, section 3.3)."""
+    return Composition("selection", (hits[0].adapter,), (1.0,))
+
+
+def mixture(hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """The weighted sum of the adapters' outputs (LoraRetriever, equation 5)."""
+    return Composition("mixture", tuple(hit.adapter for hit in hits), tuple(weights), Mixer.OUTPUTS)
+
+
+def fusion(hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """The weighted average of the adapters' parameters, A and B each (LoraRetriever, equation 4)."""
+    return Composition("fusion", tuple(hit.adapter for hit in hits), tuple(weights), Mixer.PARAMETERS)
+
+
+BUILT_IN: Mapping[str, Strategy] = {"selection": selection, "mixture": mixture, "fusion": fusion}
+
+
+@functools.cache
+def strategies() -> Mapping[str, Strategy]:
+    """All strategies by name: the built-in ones, then those of installed packages, which cannot replace them."""
+    found = {point.name: point.load() for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {**found, **BUILT_IN}
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    known = strategies()
+    if name not in known:
+        raise InvalidInputError(f"unknown strategy {name!r}; expected one of {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def compose_explicit(strategy: str, weights: Mapping[str, float]) -> Composition:
+    """A composition of adapters and weights that the caller names; the weights are used as given.
+
+    Raises:
+        InvalidInputError: no adapter, an unknown strategy, or a weight that is not a finite number.
+    """
+    if not weights:
+        raise InvalidInputError("no adapters were named; expected at least one, such as sql=0.7,german=0.3.")
+    for adapter, weight in weights.items():
+        if not math.isfinite(weight):
+            raise InvalidInputError(f"the weight of {adapter!r} is {weight}; expected a finite number.")
+    hits = [Hit(adapter, weight) for adapter, weight in weights.items()]
+    ordered = sorted(hits, key=lambda hit: -hit.score)
+    return get_strategy(strategy)(ordered, [hit.score for hit in ordered])

@@ -1,0 +1,204 @@
+"""The product on one page: retrieve -> compose -> generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from loraretriever.compose import compose_explicit, get_strategy, weigh
+from loraretriever.config import Settings, load_settings
+from loraretriever.engine import Engine
+from loraretriever.errors import InvalidInputError
+from loraretriever.pool import Pool
+from loraretriever.retrieve import Retriever
+from loraretriever.types import BASE_COMPOSITION, Completion, Composition, Generation, Request, Route, Sampling
+
+
+class LoraRetriever:
+    """A pool, a retriever and an engine. The last two are loaded when they are first needed."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        load_retriever: Callable[[Pool, Settings], Retriever],
+        load_engine: Callable[[Pool, Settings], Engine],
+    ) -> None:
+        """Use `open`, unless you bring a retriever or an engine of your own."""
+        self.pool = pool
+        self.settings = settings
+        self._load_retriever = load_retriever
+        self._load_engine = load_engine
+
+    @classmethod
+    def open(cls, pool: str | Path, **settings: Any) -> Self:
+        """Open a pool: one made by `Pool.create`, or a plain folder with one PEFT folder per adapter.
+
+        Args:
+            pool: the pool's folder.
+            settings: fields of `Settings`, such as `base_model`, `encoder`, `threshold` or `device`.
+
+        Raises:
+            PoolError: there is no pool at that place.
+            InvalidInputError: a setting is unknown or out of range.
+        """
+        return cls(Pool.open(pool), load_settings(**settings), _load_paper_retriever, _load_local_engine)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """The retriever of this pool."""
+        return self._load_retriever(self.pool, self.settings)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine with the base model."""
+        return self._load_engine(self.pool, self.settings)
+
+    def route(
+        self,
+        prompts: Sequence[str],
+        *,
+        k: int | None = None,
+        threshold: float | None = None,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+    ) -> list[Route]:
+        """Rank the adapters for each prompt.
+
+        Args:
+            k: how many hits each prompt gets at most.
+            threshold: `fallback` is set where no hit's score reaches it.
+            exclude: names never to be found; the paper's out-of-distribution test excludes the prompt's own adapter.
+            only: when given, the only names that may be found.
+        """
+        least = self.settings.threshold if threshold is None else threshold
+        ranked = self.retriever.rank(prompts, self.settings.k if k is None else k, exclude, only)
+        return [
+            Route(prompt, hits, fallback=not hits or hits[0].score < least)
+            for prompt, hits in zip(prompts, ranked, strict=True)
+        ]
+
+    def compose(
+        self,
+        route: Route,
+        *,
+        strategy: str | None = None,
+        weighting: str | None = None,
+        threshold: float | None = None,
+    ) -> Composition:
+        """The composition for a routed prompt: of the hits that reach the threshold; of none, the base model."""
+        chosen = get_strategy(strategy or self.settings.strategy)
+        least = self.settings.threshold if threshold is None else threshold
+        hits = [hit for hit in route.hits if hit.score >= least]
+        if not hits:
+            return BASE_COMPOSITION
+        return chosen(hits, weigh(hits, weighting or self.settings.weighting, self.settings.temperature))
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        k: int | None = None,
+        strategy: str | None = None,
+        weighting: str | None = None,
+        threshold: float | None = None,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+        adapters: Mapping[str, float] | None = None,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
+        chat: bool = True,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer prompts; yield (position, completion) in the order of completion.
+
+        Args:
+            adapters: names and weights to use for every prompt in place of retrieval; an empty mapping asks
+                for the base model.
+            sampling: one for all prompts, or one per prompt.
+            chat: put each prompt into the model's chat template as a user's turn.
+            k, threshold, exclude, only: as in `route`. strategy, weighting: as in `compose`.
+
+        Raises:
+            InvalidInputError: an argument cannot be used; nothing has been generated then.
+            AdapterNotFoundError: a named adapter is not in the pool.
+        """
+        samplings = _one_per_prompt(sampling, len(prompts))
+        start = time.perf_counter()
+        if adapters is None:
+            routes = self.route(prompts, k=k, threshold=threshold, exclude=exclude, only=only)
+            compositions = [
+                self.compose(route, strategy=strategy, weighting=weighting, threshold=threshold) for route in routes
+            ]
+        else:
+            routes = [Route(prompt, (), fallback=False) for prompt in prompts]
+            compositions = [self._compose_named(adapters, strategy)] * len(prompts)
+        retrieval_seconds = time.perf_counter() - start
+        requests = [Request(*each, chat=chat) for each in zip(prompts, compositions, samplings, strict=True)]
+        for position, generation in self.engine.run(requests):
+            yield position, _completion(routes[position], compositions[position], generation, retrieval_seconds)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Completion]:
+        """Answer prompts, in their order. The options are those of `stream`."""
+        completions = dict(self.stream(prompts, **options))
+        return [completions[position] for position in range(len(prompts))]
+
+    def _compose_named(self, adapters: Mapping[str, float], strategy: str | None) -> Composition:
+        if not adapters:
+            return BASE_COMPOSITION
+        for name in adapters:
+            if not self.pool.get(name).enabled:
+                raise InvalidInputError(
+                    f"adapter {name!r} is disabled; enable it with: loraretriever pool enable {name}"
+                )
+        return compose_explicit(strategy or self.settings.strategy, adapters)
+
+    def close(self) -> None:
+        """Close the pool."""
+        self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _load_paper_retriever(pool: Pool, settings: Settings) -> Retriever:
+    from loraretriever.retrieve import PaperRetriever, SentenceEncoder
+
+    return PaperRetriever(pool, SentenceEncoder(settings.encoder, settings.instruction, settings.device))
+
+
+def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
+    from loraretriever.engine.local import LocalEngine
+    from loraretriever.models import load_base_model
+
+    base = load_base_model(settings.base_model or pool.base_model, settings.dtype, settings.device)
+    return LocalEngine(base, pool, slots=settings.slots, batch_size=settings.batch_size)
+
+
+def _one_per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> Sequence[Sampling]:
+    samplings = [sampling] * prompts if isinstance(sampling, Sampling) else sampling
+    if len(samplings) != prompts:
+        raise InvalidInputError(f"{len(samplings)} sampling settings for {prompts} prompts; expected one per prompt.")
+    return samplings
+
+
+def _completion(route: Route, composition: Composition, generation: Generation, retrieval_seconds: float) -> Completion:
+    return Completion(
+        prompt=route.prompt,
+        text=generation.text,
+        hits=route.hits,
+        fallback=route.fallback,
+        composition=composition,
+        finish_reason=generation.finish_reason,
+        prompt_tokens=generation.prompt_tokens,
+        completion_tokens=generation.completion_tokens,
+        retrieval_seconds=retrieval_seconds,
+        generation_seconds=generation.seconds,
+    )

@@ -1,0 +1,131 @@
+"""Where a pool's files are: a folder made by `Pool.create`, or a plain folder with one PEFT folder per adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraretriever.config import cache_folder
+from loraretriever.errors import InvalidInputError, PoolError
+from loraretriever.pool.database import DATABASE_FILE
+from loraretriever.pool.peft_config import CONFIG_FILE
+from loraretriever.pool.weights import WEIGHTS_FILE
+
+STATE_FOLDER = ".loraretriever"
+CONTENT_FOLDER = "adapters"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The places of one pool. `state` holds the database, the lock and what is unfinished."""
+
+    root: Path
+    state: Path
+    plain: bool
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.state / DATABASE_FILE
+
+    @property
+    def content(self) -> Path:
+        """The folder of the content-addressed adapters; a plain folder has none."""
+        return self.root / CONTENT_FOLDER
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters can be added and removed: not in a plain folder that is read-only."""
+        return not self.plain or self.state.parent == self.root
+
+    def prepare(self) -> None:
+        """Make the state folder."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        if self.plain and self.takes_adapters:
+            (self.state / ".gitignore").write_text("*\n")
+
+
+def created_layout(location: str | Path) -> Layout:
+    """The layout of a new pool.
+
+    Raises:
+        PoolError: the folder is a plain one, with adapters in it.
+    """
+    root = local_path(location)
+    if root.is_dir() and adapter_folders(root):
+        raise PoolError(f"{root} holds adapters and is a pool as it is: open it, or choose another folder.")
+    return Layout(root, root, plain=False)
+
+
+def find_layout(location: str | Path) -> Layout:
+    """Look what kind of pool is at a location.
+
+    Raises:
+        PoolError: none is.
+    """
+    root = local_path(location)
+    if not root.is_dir():
+        raise PoolError(
+            f"there is no pool at {root}; expected a folder. Make one with: loraretriever pool init --pool {root}"
+        )
+    if (root / DATABASE_FILE).is_file():
+        return Layout(root, root, plain=False)
+    if (root / CONFIG_FILE).exists():
+        raise PoolError(f"{root} is a single adapter; expected a pool. Open the folder above it, or add it to a pool.")
+    state = _plain_state(root)
+    if not adapter_folders(root) and not (state / DATABASE_FILE).is_file():
+        raise PoolError(
+            f"there is no pool at {root}; expected {DATABASE_FILE} or folders with {CONFIG_FILE}. "
+            f"Make one with: loraretriever pool init --pool {root}"
+        )
+    return Layout(root, state, plain=True)
+
+
+def local_path(location: str | Path) -> Path:
+    """The absolute path of a pool's folder.
+
+    Raises:
+        PoolError: the location is a URL.
+    """
+    if "://" in str(location):
+        raise PoolError(f"the pool {str(location)!r} is a URL; expected a folder. Only local pools can be opened.")
+    return Path(location).expanduser().resolve()
+
+
+def adapter_folders(root: Path) -> dict[str, Path]:
+    """The folders in a plain folder that are, or try to be, adapters: by name."""
+    return {
+        folder.name: folder
+        for folder in sorted(root.iterdir())
+        if not folder.name.startswith(".") and any((folder / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE))
+    }
+
+
+def check_name(name: str) -> str:
+    """The name, when an adapter may have it.
+
+    Raises:
+        InvalidInputError: it may not.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise InvalidInputError(
+            f"the adapter name {name!r:.200} cannot be used; expected 1 to 128 letters, digits, '.', '_' or '-', the "
+            "first one a letter or digit, and no '..'. Give another name."
+        )
+    return name
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this process may make files in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _plain_state(root: Path) -> Path:
+    inside = root / STATE_FOLDER
+    if is_writable(inside if inside.exists() else root):
+        return inside
+    return cache_folder() / "pools" / hashlib.sha256(os.fsencode(root)).hexdigest()[:32]

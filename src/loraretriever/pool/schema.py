@@ -1,0 +1,100 @@
+"""The tables of a pool's database."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """Base of all tables."""
+
+
+class PoolRow(Base):
+    """The pool itself: a single row. `change` counts committed changes; `spec` caches the base model's modules."""
+
+    __tablename__ = "pool"
+    __table_args__ = (CheckConstraint("id = 1", name="single_pool"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    base_model: Mapped[str] = mapped_column(String(1024))
+    check_base: Mapped[bool]
+    spec: Mapped[dict[str, list[int]] | None] = mapped_column(JSON(none_as_null=True))
+    change: Mapped[int]
+
+
+class AdapterRow(Base):
+    """One revision of an adapter; of each name, one row is the current one."""
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("name", "revision", name="one_row_per_revision"),
+        Index(
+            "one_current_revision",
+            "name",
+            unique=True,
+            sqlite_where=text("current"),
+            postgresql_where=text("current"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    revision: Mapped[int]
+    current: Mapped[bool]
+    digest: Mapped[str] = mapped_column(String(64))
+    folder: Mapped[str] = mapped_column(Text)  # below the pool's folder
+    base_model: Mapped[str] = mapped_column(String(1024))
+    base_mismatch: Mapped[bool]  # accepted although it names another base model
+    checked_shapes: Mapped[bool]
+    enabled: Mapped[bool]
+    description: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[str]] = mapped_column(JSON)
+    source: Mapped[str] = mapped_column(Text)
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC
+    ranks: Mapped[list[int]] = mapped_column(JSON)
+    targets: Mapped[list[str]] = mapped_column(JSON)
+    size: Mapped[int] = mapped_column(BigInteger)
+    stamp: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # of plain folders: see plain.py
+
+
+class SampleRow(Base):
+    """One sample of one revision. Ids are never used again: they tell whether samples are still the same."""
+
+    __tablename__ = "samples"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "position", name="one_sample_per_position"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    position: Mapped[int]
+    text: Mapped[str] = mapped_column(Text)
+    source: Mapped[str] = mapped_column(String(32))
+
+
+class EmbeddingRow(Base):
+    """A sample's vector by one encoder: little-endian float32."""
+
+    __tablename__ = "embeddings"
+
+    sample_id: Mapped[int] = mapped_column(ForeignKey("samples.id", ondelete="CASCADE"), primary_key=True)
+    encoder: Mapped[str] = mapped_column(String(512), primary_key=True)
+    vector: Mapped[bytes] = mapped_column(LargeBinary)

@@ -1,0 +1,73 @@
+"""Looks at everything in a pool: the database, the files, the admission of every adapter."""
+
+from __future__ import annotations
+
+import sys
+
+from loraretriever.errors import AdmissionError
+from loraretriever.pool import records
+from loraretriever.pool.admission import admit, check_shape
+from loraretriever.pool.database import Database
+from loraretriever.pool.layout import Layout
+from loraretriever.pool.schema import AdapterRow
+from loraretriever.pool.weights import module_shapes
+from loraretriever.types import BaseModelSpec
+
+
+def find_problems(layout: Layout, database: Database, base_model: str, spec: BaseModelSpec | None) -> list[str]:
+    """What is wrong with the pool, in words; nothing when all is well."""
+    problems = database.check()
+    with database.read() as session:
+        rows = records.current_rows(session)
+        missing = [row.name for row in rows if not records.samples_of(session, row)]
+        session.expunge_all()
+    problems += [f"adapter {name!r} has no samples. Add it again with samples." for name in missing]
+    for row in rows:
+        found = _adapter_problem(layout, row, base_model, spec)
+        if found and _is_still_there(database, row):
+            problems.append(f"adapter {row.name!r}: {found}")
+    return problems
+
+
+def check_due_shapes(layout: Layout, database: Database, spec: BaseModelSpec) -> list[str]:
+    """Compare the modules of adapters that were admitted without the base model at hand."""
+    problems = []
+    with database.read() as session:
+        due = [row for row in records.current_rows(session) if not row.checked_shapes]
+        session.expunge_all()
+    passed = []
+    for row in due:
+        try:
+            for module, shape in module_shapes(layout.root / row.folder).items():
+                check_shape(module, shape, spec, f"adapter {row.name!r}")
+            passed.append(row.id)
+        except (AdmissionError, OSError) as error:
+            problems.append(str(error))
+    if passed:
+        with database.write() as session:
+            for number in passed:
+                if (found := session.get(AdapterRow, number)) is not None:
+                    found.checked_shapes = True
+    return problems
+
+
+def _adapter_problem(layout: Layout, row: AdapterRow, base_model: str, spec: BaseModelSpec | None) -> str | None:
+    try:
+        admission = admit(
+            layout.root / row.folder, base_model, spec, allow_base_mismatch=row.base_mismatch, max_bytes=sys.maxsize
+        )
+    except (AdmissionError, OSError) as error:
+        return str(error)
+    if admission.digest != row.digest:
+        return (
+            f"the files in {layout.root / row.folder} have the SHA-256 {admission.digest}; expected {row.digest}. "
+            "They were changed: remove the adapter and add it again."
+        )
+    return None
+
+
+def _is_still_there(database: Database, row: AdapterRow) -> bool:
+    """False where the adapter was removed or revised while its files were read."""
+    with database.read() as session:
+        found = records.current_row(session, row.name)
+        return found is not None and found.id == row.id

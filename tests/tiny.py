@@ -1,0 +1,109 @@
+"""Tiny models and adapters, made in a moment and without a network. Nothing here imports torch before it must."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from loraretriever.types import BaseModelSpec
+
+TINY_BASE = "tiny/llama"
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 2, 32, 64, 4, 2, 128
+_KV = HIDDEN * KV_HEADS // HEADS
+_SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (_KV, HIDDEN),
+    "self_attn.v_proj": (_KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+TINY_SPEC = BaseModelSpec(
+    TINY_BASE,
+    {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in _SHAPES.items()}
+    | {"lm_head": (VOCABULARY, HIDDEN)},
+)
+
+
+def tiny_llama(seed: int = 0) -> Any:
+    """A random two-layer Llama in float32, in eval mode; its linear modules are those of TINY_SPEC."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def lora_tensors(
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = 4,
+    ranks: Mapping[str, int] | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> dict[str, np.ndarray]:
+    """Random factors, named as in a PEFT file. `ranks` gives modules (by path) other ranks."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for module, (out, inner) in TINY_SPEC.linear.items():
+        if module.rpartition(".")[2] in targets:
+            r = (ranks or {}).get(module, rank)
+            for factor, shape in (("A", (r, inner)), ("B", (out, r))):
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = rng.normal(0, 0.1, shape).astype(dtype)
+    return tensors
+
+
+def write_peft_folder(
+    folder: Path,
+    *,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = 4,
+    alpha: float = 8,
+    ranks: Mapping[str, int] | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    base_model: str = TINY_BASE,
+    config: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    samples: Sequence[str] | None = None,
+    card: str | None = None,
+) -> Path:
+    """Write an adapter for the tiny model in PEFT's format.
+
+    `config` adds to, or overrides, what `adapter_config.json` holds; `tensors` replaces the random factors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "bias": "none",
+    } | dict(config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    factors = tensors if tensors is not None else lora_tensors(targets, rank, ranks, seed, dtype)
+    save_file(dict(factors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if samples is not None:
+        (folder / "samples.jsonl").write_text("".join(json.dumps({"inputs": text}) + "\n" for text in samples))
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    return folder

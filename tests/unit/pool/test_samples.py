@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraretriever.errors import InvalidInputError
+from loraretriever.pool import samples
+from loraretriever.pool.samples import ModelCard, derived_samples, given_samples, read_card, read_samples, write_samples
+from loraretriever.types import Sample
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    file.write_text(
+        '\ufeff{"inputs": "one", "targets": "x"}\n\n{"text": "zwei ü"}\r\n{"prompt": "one"}\n{"prompt": "a\u2028b", "source": "model_card"}',
+        encoding="utf-8",
+    )
+    read = read_samples(file)
+    assert read == [Sample("one"), Sample("zwei ü"), Sample("a\u2028b", "model_card")]
+    file.write_text(write_samples(read), encoding="utf-8")
+    assert read_samples(file) == read
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: Expecting"),
+        ('"text"', "line 2: '\"text\"'; expected a JSON object with one of inputs, text, prompt"),
+        ('{"input": "x"}', "expected a JSON object with one of inputs, text, prompt"),
+        ('{"inputs": 3}', "line 2: inputs is 3; expected a string"),
+        ('{"inputs": " "}', "line 2: the sample is ' '"),
+        ('{"inputs": "\\ud800"}', "line 2: the sample is not Unicode"),
+        ('{"inputs": "' + "x" * 20_001 + '"}', "line 2: the sample has 20001 characters"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "s.jsonl").write_text('{"inputs": "fine"}\n' + line + "\n")
+    with pytest.raises(InvalidInputError) as caught:
+        read_samples(tmp_path / "s.jsonl")
+    assert message in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="cannot read samples"):
+        read_samples(tmp_path / "none.jsonl")
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"inputs": "\xfc"}')
+    with pytest.raises(InvalidInputError, match="UTF-8"):
+        read_samples(tmp_path / "latin1.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InvalidInputError, match="there is no sample"):
+        read_samples(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "there is no sample"),
+        ("one string", "expected a list of strings"),
+        (["a", ""], "sample 2: the sample is ''"),
+        ([3], "expected some text"),
+        (["\udc00"], "not Unicode"),
+        ([str(number) for number in range(samples.MAX_SAMPLES + 1)], "at most 1000"),
+    ],
+)
+def test_bad_strings(texts: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        given_samples(texts)
+
+
+CARD = """---
+license: mit
+widget:
+- text: Translate to German: hello
+- text: "Übersetze: good morning"
+- messages:
+  - role: system
+    content: You translate.
+  - role: user
+    content: How do you say bread?
+- 3
+---
+# Model card
+
+<!-- a comment -->
+| a | table |
+|---|---|
+
+This adapter translates **English** to German,
+see [the paper](http://example.org). ![badge](x.png)
+
+```python
+print("no prose")
+```
+
+- **Developed by:** [More Information Needed]
+
+Trained for one epoch.
+"""
+
+
+def test_model_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD.replace("text: Translate to German: hello", "text: 'Translate: hello'"))
+    card = read_card(tmp_path / "README.md")
+    assert card.prompts == ("Translate: hello", "Übersetze: good morning", "How do you say bread?")
+    assert card.paragraphs == (
+        "This adapter translates **English** to German, see the paper.",
+        "Trained for one epoch.",
+    )
+    assert [sample.source for sample in derived_samples("x", card, "")] == ["model_card"] * 3
+
+
+def test_a_card_with_broken_front_matter_still_has_its_text(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD)  # "text: Translate to German: hello" is not YAML
+    card = read_card(tmp_path / "README.md")
+    assert card.prompts == ()
+    assert len(card.paragraphs) == 2
+
+
+def test_a_description_in_front_matter_stands_in_for_text(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ndescription: Writes SQL.\n---\n# Title\n")
+    assert read_card(tmp_path / "README.md").paragraphs == ("Writes SQL.",)
+
+
+@pytest.mark.parametrize("text", [None, "", "# Only a heading", "---\n- a list\n---\n", "\0\xff"])
+def test_cards_that_tell_nothing(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert read_card(tmp_path / "README.md") == ModelCard()
+
+
+def test_the_last_resort_is_the_name() -> None:
+    assert derived_samples("wiki-sql_v2", ModelCard(), " ") == [Sample("wiki sql v2", "name")]
+    assert derived_samples("x", ModelCard(), "Writes SQL.") == [Sample("Writes SQL.", "description")]
+    assert derived_samples("x", ModelCard((), ("A text.",)), "Writes SQL.") == [
+        Sample("A text.", "model_card"),
+        Sample("Writes SQL.", "description"),
+    ]
