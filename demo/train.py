@@ -99,8 +99,9 @@ def _score_with_adapter(base: BaseModel, folder: Path, validation: list[Example]
 
 
 @torch.inference_mode()
-def mean_score(model: Any, tokenizer: Any, examples: list[Example], batch: int = 25, new_tokens: int = 64) -> float:
-    """Mean score of greedy answers, between 0 and 1."""
+def mean_score(model: Any, tokenizer: Any, examples: list[Example], batch: int = 25) -> float:
+    """Mean score of greedy answers, between 0 and 1. Answers end a few tokens after the longest reference would."""
+    new_tokens = 8 + max(len(tokenizer(example.targets).input_ids) for example in examples)
     total = 0.0
     for start in range(0, len(examples), batch):
         rows = examples[start : start + batch]

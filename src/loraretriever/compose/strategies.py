@@ -50,7 +50,7 @@ BUILT_IN: Mapping[str, Strategy] = {"selection": selection, "mixture": mixture, 
 
 
 @functools.cache
-def strategies() -> Mapping[str, Strategy]:
+def known_strategies() -> Mapping[str, Strategy]:
     """All strategies by name: the built-in ones, then those of installed packages, which cannot replace them."""
     found = {point.name: point.load() for point in entry_points(group=ENTRY_POINT_GROUP)}
     return {**found, **BUILT_IN}
@@ -62,7 +62,7 @@ def get_strategy(name: str) -> Strategy:
     Raises:
         InvalidInputError: there is none.
     """
-    known = strategies()
+    known = known_strategies()
     if name not in known:
         raise InvalidInputError(f"unknown strategy {name!r}; expected one of {', '.join(sorted(known))}.")
     return known[name]

@@ -24,14 +24,17 @@ class BatchRunner:
         padding = [longest - len(sequence.prompt_ids) for sequence in sequences]
         self._model = model
         self._cache: Any = DynamicCache(config=model.config)
+        forward = inspect.signature(model.forward).parameters
+        # transformers renamed `past_key_values` in 5.24.
+        self._options: dict[str, Any] = {"cache" if "cache" in forward else "past_key_values": self._cache}
+        # Only the last position's logits are needed; the vocabulary is by far the widest product of a prefill.
+        if "logits_to_keep" in forward:
+            self._options["logits_to_keep"] = 1
         self._input = torch.tensor(
             [[pad_id] * pad + s.prompt_ids for pad, s in zip(padding, sequences, strict=True)], device=device
         )
         self._mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=device)
         self._sampler = Sampler([sequence.request.sampling for sequence in sequences], device)
-        # Only the last position's logits are needed; the vocabulary is by far the widest product of a prefill.
-        forward = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
 
     @torch.inference_mode()
     def step(self) -> list[int]:
@@ -41,9 +44,8 @@ class BatchRunner:
             input_ids=self._input,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
-            **self._last_only,
+            **self._options,
         )
         tokens = self._sampler.sample(output.logits[:, -1])
         self._input = tokens[:, None]

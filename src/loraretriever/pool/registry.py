@@ -235,6 +235,9 @@ class Pool:
 
     def check_shapes(self, spec: BaseModelSpec) -> Problems:
         """Compare adapters admitted without the base model with it, now that it is known; returns what is wrong."""
+        with self._database.write() as session:
+            row = self._row(session)
+            row.spec = row.spec or records.spec_json(spec)
         return verify.check_due_shapes(self._layout, self._database, spec)
 
     def embeddings(self, encoder_tag: str) -> dict[str, Vectors]:

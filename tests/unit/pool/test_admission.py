@@ -160,14 +160,17 @@ def test_pickles_are_never_opened(tmp_path: Path, file: str) -> None:
     assert f"found {file}, which may hold code and was not opened" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("file", "message"), [("adapter_config.json", "is missing"), ("adapter_model.safetensors", "is missing")])
+@pytest.mark.parametrize(
+    ("file", "message"), [("adapter_config.json", "is missing"), ("adapter_model.safetensors", "is missing")]
+)
 def test_missing_files(tmp_path: Path, file: str, message: str) -> None:
     (write_peft_folder(tmp_path) / file).unlink()
     assert message in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"1234567", b"\xff" * 64, (10).to_bytes(8, "little") + b"not json!!", (1 << 40).to_bytes(8, "little")]
+    "content",
+    [b"", b"1234567", b"\xff" * 64, (10).to_bytes(8, "little") + b"not json!!", (1 << 40).to_bytes(8, "little")],
 )
 def test_damaged_weights(tmp_path: Path, content: bytes) -> None:
     (write_peft_folder(tmp_path) / "adapter_model.safetensors").write_bytes(content)

@@ -98,9 +98,7 @@ with Pool.open(sys.argv[2]) as pool:
     for name in ("a", "b"):
         write_peft_folder(tmp_path / "plain" / name)
     command = [sys.executable, "-c", script, str(tmp_path / "pool"), str(tmp_path / "plain")]
-    workers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for worker in workers:
         assert worker.stdout and worker.stdout.readline() == "ready\n"
     answers = [worker.communicate("\n", timeout=120)[0].split() for worker in workers]

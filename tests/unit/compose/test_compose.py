@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from loraretriever.compose import compose_explicit, get_strategy, known_strategies, weigh
+
+from loraretriever.errors import InvalidInputError
+from loraretriever.types import Composition, Hit, Mixer
+
+HITS = [Hit("a", 0.9), Hit("b", 0.7), Hit("c", 0.6)]
+
+
+def test_selection_takes_the_best() -> None:
+    assert get_strategy("selection")(HITS, [0.5, 0.3, 0.2]) == Composition("selection", ("a",), (1.0,), Mixer.OUTPUTS)
+
+
+@pytest.mark.parametrize(("name", "mixer"), [("mixture", Mixer.OUTPUTS), ("fusion", Mixer.PARAMETERS)])
+def test_mixture_and_fusion_take_all(name: str, mixer: Mixer) -> None:
+    assert get_strategy(name)(HITS, [0.5, 0.3, 0.2]) == Composition(name, ("a", "b", "c"), (0.5, 0.3, 0.2), mixer)
+
+
+def test_uniform_weights() -> None:
+    assert weigh(HITS, "uniform", 1.0) == (1 / 3,) * 3
+
+
+def test_score_weights_are_a_softmax() -> None:
+    powers = [math.exp(hit.score / 0.1) for hit in HITS]
+    assert weigh(HITS, "score", 0.1) == pytest.approx([power / sum(powers) for power in powers])
+    assert weigh(HITS, "score", 1e-9) == pytest.approx([1, 0, 0])
+    assert weigh([Hit("a", 5000.0), Hit("b", 4999.0)], "score", 1e-3) == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize(("weighting", "temperature"), [("best", 1.0), ("score", 0.0), ("score", math.nan)])
+def test_bad_weighting(weighting: str, temperature: float) -> None:
+    with pytest.raises(InvalidInputError, match="expected"):
+        weigh(HITS, weighting, temperature)
+
+
+def test_explicit_weights_are_used_as_given() -> None:
+    assert compose_explicit("mixture", {"b": 0.3, "a": 1.7}) == Composition("mixture", ("a", "b"), (1.7, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights"), [("mixture", {}), ("mixture", {"a": math.inf}), ("unheard-of", {"a": 1.0})]
+)
+def test_bad_explicit_compositions(strategy: str, weights: dict[str, float]) -> None:
+    with pytest.raises(InvalidInputError, match="expected"):
+        compose_explicit(strategy, weights)
+
+
+def best_two(hits: list[Hit], weights: list[float]) -> Composition:
+    return Composition("best-two", tuple(hit.adapter for hit in hits[:2]), (0.5, 0.5))
+
+
+def test_entry_points_add_strategies_but_replace_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("best-two", f"{__name__}:best_two", "loraretriever.strategies"),
+        EntryPoint("selection", f"{__name__}:best_two", "loraretriever.strategies"),
+    ]
+    monkeypatch.setattr("loraretriever.compose.strategies.entry_points", lambda group: points)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: best_two)
+    known_strategies.cache_clear()
+    try:
+        assert get_strategy("best-two")(HITS, []).adapters == ("a", "b")
+        assert get_strategy("selection")(HITS, []).adapters == ("a",)
+        assert set(known_strategies()) == {"best-two", "selection", "mixture", "fusion"}
+    finally:
+        known_strategies.cache_clear()
