@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from loraretriever.evaluate.tasks import Example
 from loraretriever.retrieve import Encoder
 
@@ -66,7 +67,7 @@ LoraRetriever by `demo/train.py`.
 
 - Data: {source["source"]}. Licence of the data: {source["licence"]}. The examples were sampled and put into prompts
   of our own. `samples.jsonl` holds {SAMPLES} of the training prompts, under the licence of the data.
-- Training: {record["trained_on"]} examples, {record["steps"]} steps of {settings["batch_size"]} ({settings["epochs"]}
+- Training: {settings["examples"]} examples, {record["steps"]} steps of {settings["batch_size"]} ({settings["epochs"]}
   pass{"es" if settings["epochs"] > 1 else ""}), rank {settings["rank"]}, alpha {settings["alpha"]}, on
   {", ".join(settings["targets"])}, learning rate {settings["learning_rate"]:g}, seed {settings["seed"]};
   {record["seconds"]:.0f} seconds on a CPU.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import VOCABULARY, tiny_llama
 
 from loraretriever.retrieve.encoder import Vectors
+from tiny import VOCABULARY, tiny_llama
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}={% endif %}"
 

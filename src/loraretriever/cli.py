@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -53,13 +54,19 @@ DtypeOption = Annotated[
 ]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         console.print_plain(__version__)
         raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -379,8 +386,11 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0, 1 (failure), 2 (usage)."""
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # arguments may hold bytes that are no text
     try:
-        app()
+        app(prog_name="loraretriever")
     except InvalidInputError as error:
         console.print_error(str(error))
         sys.exit(2)

@@ -22,14 +22,15 @@ class Settings:
     """How a LoraRetriever works. Each field can be set by the environment: `LORARETRIEVER_` and its name in capitals.
 
     `base_model` None takes the pool's. `threshold`: a hit with a lower score is not used; when none is left the
-    base model answers. `temperature` belongs to the weighting by score, not to the sampling of tokens.
+    base model answers. Its default was measured with the default encoder and instruction; choose it anew for another.
+    `temperature` belongs to the weighting by score, not to the sampling of tokens.
     """
 
     base_model: str | None = None
     encoder: str = DEFAULT_ENCODER
     instruction: str = PAPER_INSTRUCTION
     k: int = Field(default=3, ge=1)
-    threshold: float = 0.0
+    threshold: float = 0.5
     strategy: str = "mixture"
     weighting: str = "score"
     temperature: float = Field(default=0.05, gt=0)

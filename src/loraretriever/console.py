@@ -54,8 +54,8 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_plain(line: str) -> None:
-    """One line as it is: no wrapping, no mark-up."""
-    out.print(Text(line), soft_wrap=True)
+    """One line as it is: no wrapping, no mark-up, tabs kept."""
+    print(line, file=out.file)
 
 
 def print_error(message: str) -> None:

@@ -54,15 +54,27 @@ def load_base_model(name: str = DEFAULT_BASE_MODEL, dtype: str = "auto", device:
     Raises:
         ModelLoadError: the model cannot be found or loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = resolve_base_model(name)
     with _load_errors("base model", name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_torch_dtype(dtype)).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    return BaseModel(name, model, load_tokenizer(name))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base model: pads on the left, and has a padding token.
+
+    Raises:
+        ModelLoadError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _load_errors("tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base_model(name), padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return BaseModel(name, model, tokenizer)
+    return tokenizer
 
 
 @cache

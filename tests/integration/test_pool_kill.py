@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
 from loraretriever.pool import Pool
+from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
 # Imports once, then forks a child for each line it reads. The child opens the pool, tells its process id, and goes
 # through rounds of six changes until it is killed.

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
-
 from loraretriever.pool import Pool
+from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
 ADD = """
 import sys

@@ -34,10 +34,11 @@ class CostModel:
     def grouped(self, tokens: int, counts: Sequence[int]) -> float:
         """Rows collected by slot, padded to the largest count, then one batched product over slots."""
         columns = max(counts) * tokens
-        return len(counts) * (self.read + (self.wide if columns > NARROW else 0) + columns) + self.fixed
+        # Columns count twice: their inputs are collected and their outputs summed besides being multiplied.
+        return len(counts) * (self.read + (self.wide if columns > NARROW else 0) + 2 * columns) + self.fixed
 
     def split(self, tokens: int, counts: Sequence[int]) -> float:
-        """Up to `NARROW` rows of each slot as in grouped; the rest of each slot likewise, from a copy of its factors."""
+        """Up to `NARROW` rows of each slot as in grouped; the rest likewise, from copies of those slots."""
         rest = [count - NARROW for count in counts if count > NARROW]
         first = self.grouped(tokens, [min(count, NARROW) for count in counts])
         return first + self.grouped(tokens, rest) + 2 * self.read * len(rest) if rest else first
@@ -63,7 +64,7 @@ class CostModel:
 
 
 # Measured on one and two cores of an EPYC (Zen 4) with `benchmarks/bench_layer.py --paths`.
-CPU_COSTS = CostModel(read=6.0, wide=6.0, fixed=100.0)
+CPU_COSTS = CostModel(read=6.0, wide=6.0, fixed=200.0)
 # Not measured: from the ratio of arithmetic to bandwidth of data-centre GPUs. There, decoding is bound by reading
 # the adapters and by launches, which dense has fewest of; prompts are bound by arithmetic, which gathered saves.
 CUDA_COSTS = CostModel(read=100.0, wide=20.0, fixed=2000.0)

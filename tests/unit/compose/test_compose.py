@@ -6,7 +6,6 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from loraretriever.compose import compose_explicit, get_strategy, known_strategies, weigh
-
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Composition, Hit, Mixer
 

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, lora_tensors, tiny_llama, write_peft_folder
-from tiny_text import tiny_tokenizer
 
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
+from tiny import TINY_BASE, TINY_SPEC, lora_tensors, tiny_llama, write_peft_folder
+from tiny_text import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC
 
 from loraretriever.pool import Pool
+from tiny import TINY_BASE, TINY_SPEC
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, lora_tensors, write_peft_folder
 
 from loraretriever.errors import AdmissionError
 from loraretriever.pool.admission import MAX_RANK, admit, same_base
+from tiny import TINY_BASE, TINY_SPEC, lora_tensors, write_peft_folder
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
@@ -160,12 +160,10 @@ def test_pickles_are_never_opened(tmp_path: Path, file: str) -> None:
     assert f"found {file}, which may hold code and was not opened" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("file", "message"), [("adapter_config.json", "is missing"), ("adapter_model.safetensors", "is missing")]
-)
-def test_missing_files(tmp_path: Path, file: str, message: str) -> None:
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_files(tmp_path: Path, file: str) -> None:
     (write_peft_folder(tmp_path) / file).unlink()
-    assert message in refusal(tmp_path)
+    assert "is missing" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

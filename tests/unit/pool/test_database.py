@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, inspect, text
-from tiny import TINY_BASE, TINY_SPEC
 
 from loraretriever.errors import PoolError
 from loraretriever.pool import Pool
 from loraretriever.pool.database import HEAD_REVISION, Database
 from loraretriever.pool.schema import Base
+from tiny import TINY_BASE, TINY_SPEC
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_peft_folder
 
 from loraretriever.errors import InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.pool.embeddings import Vectors
 from loraretriever.types import Sample
+from tiny import write_peft_folder
 
 
 def vectors(samples: list[Sample], dimension: int = 4) -> Vectors:

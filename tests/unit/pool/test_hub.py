@@ -6,10 +6,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from tiny import write_peft_folder
 
 from loraretriever.errors import AdmissionError, InvalidInputError, PoolError
 from loraretriever.pool import AddChange, Pool
+from tiny import write_peft_folder
 
 FILES = {"adapter_config.json": 300, "adapter_model.safetensors": 5000, "README.md": 10, "optimizer.pt": 10**12}
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
 from loraretriever.errors import ModelLoadError, PoolError
 from loraretriever.pool import AddChange, Pool, files, layout
 from loraretriever.types import Sample
+from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from loraretriever.types import Sample
 def test_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
     file.write_text(
-        '\ufeff{"inputs": "one", "targets": "x"}\n\n{"text": "zwei ü"}\r\n{"prompt": "one"}\n{"prompt": "a\u2028b", "source": "model_card"}',
+        '\ufeff{"inputs": "one", "targets": "x"}\n\n{"text": "zwei ü"}\r\n{"prompt": "one"}\n'
+        '{"prompt": "a\u2028b", "source": "model_card"}',
         encoding="utf-8",
     )
     read = read_samples(file)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, lora_tensors, tiny_llama, write_peft_folder
 
 from loraretriever.errors import ModelLoadError, PoolError
 from loraretriever.models import base_model_spec, linear_modules
 from loraretriever.pool.admission import admit
 from loraretriever.pool.weights import load_weights, module_shapes
+from tiny import TINY_BASE, TINY_SPEC, lora_tensors, tiny_llama, write_peft_folder
 
 PATTERNS: list[dict[str, Any]] = [
     {},

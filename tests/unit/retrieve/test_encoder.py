@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_text import write_encoder
 
 from loraretriever.errors import ModelLoadError
 from loraretriever.retrieve import SentenceEncoder
+from tiny_text import write_encoder
 
 
 @pytest.fixture(scope="module")

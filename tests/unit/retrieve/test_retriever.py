@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
-from tiny_text import WordEncoder
 
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import PaperRetriever
+from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
+from tiny_text import WordEncoder
 
 
 @pytest.fixture

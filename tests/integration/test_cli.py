@@ -1,0 +1,187 @@
+"""The command line on tiny models: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraretriever import __version__, cli
+from tiny import write_peft_folder
+from tiny_text import write_base_model, write_encoder
+
+SAMPLES = {"sql": ["write a query"], "german": ["translate to german"], "math": ["add the numbers"]}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_base_model(folder / "base")
+    write_encoder(folder)
+    return folder
+
+
+@pytest.fixture
+def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORARETRIEVER_ENCODER", str(models / "encoder"))
+    monkeypatch.setenv("LORARETRIEVER_POOL", str(tmp_path / "pool"))
+    monkeypatch.setenv("LORARETRIEVER_THRESHOLD", "-1")
+    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+    capsys.readouterr()
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["loraretriever", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def pool(run: Run, models: Path, tmp_path: Path) -> Path:
+    """A plain folder with three adapters."""
+    for seed, (name, samples) in enumerate(SAMPLES.items()):
+        folder = tmp_path / "pool" / name
+        write_peft_folder(folder, seed=seed, base_model=str(models / "base"), samples=samples)
+    return tmp_path / "pool"
+
+
+def objects(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"{__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0 and all(command in out for command in ("demo", "pool", "route", "generate"))
+
+
+def test_a_pool_from_init_to_remove(run: Run, models: Path, tmp_path: Path) -> None:
+    source = write_peft_folder(tmp_path / "sql", base_model=str(models / "base"))
+    assert run("pool", "init", "--base-model", models / "base")[0] == 0
+    assert "there is a pool" in run("pool", "init", "--base-model", models / "base")[2]
+    code, out, _ = run("pool", "add", source, "--sample", "write a query", "--sample", "query the table", "--tag", "db")
+    assert (code, out) == (0, "added: sql revision 1, 2 samples\n")
+    code, out, _ = run("pool", "add", source, "--sample", "write a query", "--sample", "query the table", "--json")
+    assert objects(out)[0]["change"] == "unchanged"
+    assert run("pool", "list")[1].split("\t")[:3] == ["sql", "1", "yes"]
+    assert run("pool", "disable", "sql")[1] == "disabled: sql\n"
+    assert objects(run("pool", "list", "--json")[1])[0]["enabled"] is False
+    assert objects(run("route", "a query", "--json")[1])[0]["hits"] == []
+    run("pool", "enable", "sql")
+    shown = objects(run("pool", "show", "sql", "--json")[1])[0]
+    assert [sample["text"] for sample in shown["samples"]] == ["write a query", "query the table"]
+    assert "write a query" in run("pool", "show", "sql")[1]
+    assert run("pool", "verify")[:2] == (0, "1 adapters, 0 problems\n")
+    assert run("pool", "remove", "sql")[1] == "removed: sql\n"
+    code, _, err = run("pool", "remove", "sql")
+    assert code == 1 and "no adapter 'sql'" in err
+
+
+def test_verify_fails_on_a_damaged_adapter(run: Run, pool: Path) -> None:
+    assert run("pool", "verify")[0] == 0
+    weights = pool / "sql" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    code, out, err = run("pool", "verify", "--json")
+    assert code == 1 and "sql" in objects(out)[0]["problems"][0]
+
+
+def test_route_passes_fields_through(run: Run, pool: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"inputs": "a query", "task": "sql", "id": 7}\n\n{"inputs": "say it in german"}\n')
+    code, out, err = run("route", "--input", file, "--k", "2", "--json")
+    assert (code, err) == (0, "")
+    first, second = objects(out)
+    assert first["inputs"] == "a query" and first["task"] == "sql" and first["id"] == 7
+    assert first["fallback"] is False and "task" not in second
+    for row in (first, second):
+        assert len(row["hits"]) == 2
+        assert all(set(hit) == {"adapter", "score"} and hit["adapter"] in SAMPLES for hit in row["hits"])
+        assert row["hits"][0]["score"] >= row["hits"][1]["score"]
+
+
+def test_route_filters_and_falls_back(run: Run, pool: Path) -> None:
+    (row,) = objects(run("route", "write a query", "--exclude", "sql", "--json")[1])
+    assert {hit["adapter"] for hit in row["hits"]} == {"german", "math"}
+    (row,) = objects(run("route", "write a query", "--only", "math", "--threshold", "1.1", "--json")[1])
+    assert [hit["adapter"] for hit in row["hits"]] == ["math"] and row["fallback"] is True
+    assert "-> base model" in run("route", "write a query", "--threshold", "1.1")[1]
+
+
+def test_route_reads_standard_input(run: Run, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"inputs": "write a query"}\n'))
+    assert objects(run("route", "--input", "-", "--json")[1])[0]["hits"]
+
+
+def test_generate(run: Run, pool: Path, tmp_path: Path) -> None:
+    options = ("--max-tokens", "5", "--strategy", "fusion", "--k", "2", "--weighting", "uniform")
+    code, out, err = run("generate", "write a query", "add the numbers", *options, "--json")
+    assert (code, err) == (0, "")
+    rows = objects(out)
+    assert [row["inputs"] for row in rows] == ["write a query", "add the numbers"]
+    for row in rows:
+        assert row["composition"]["strategy"] == "fusion" and row["composition"]["weights"] == [0.5, 0.5]
+        assert row["finish_reason"] in {"stop", "length"} and row["completion_tokens"] <= 5
+        assert row["retrieval_seconds"] > 0 and row["generation_seconds"] > 0
+    target = tmp_path / "answers.jsonl"
+    code, out, _ = run("generate", "write a query", "add the numbers", *options, "--output", target)
+    assert (code, out) == (0, "")
+    assert [row["text"] for row in objects(target.read_text())] == [row["text"] for row in rows]
+    assert list(tmp_path.glob("*.part")) == []
+    assert "fusion: 0.50" in run("generate", "write a query", *options)[1]
+
+
+def test_generate_with_named_adapters(run: Run, pool: Path) -> None:
+    (row,) = objects(run("generate", "hi", "--adapters", "sql=0.7,german=0.3", "--max-tokens", "2", "--json")[1])
+    assert row["composition"]["adapters"] == ["sql", "german"] and row["composition"]["weights"] == [0.7, 0.3]
+    (row,) = objects(run("generate", "hi", "--adapters", "base", "--max-tokens", "2", "--json")[1])
+    assert row["composition"]["adapters"] == [] and row["fallback"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("route",), 2, "no prompts"),
+        (("route", " "), 2, "is empty"),
+        (("route", "hi", "--k", "0"), 2, "k is 0"),
+        (("route", "hi", "--k", "many"), 2, "unable to parse string as an integer"),
+        (("route", "hi", "--exclude", "sqll"), 1, "did you mean 'sql'"),
+        (("route", "hi", "--pool", "/nowhere"), 1, "/nowhere"),
+        (("route", "hi", "--encoder", "/nowhere"), 1, "cannot load the encoder"),
+        (("route", "--input", "/nowhere.jsonl"), 2, "cannot read"),
+        (("generate", "hi", "--temperature", "-1"), 2, "temperature is -1"),
+        (("generate", "hi", "--strategy", "blend"), 2, "unknown strategy"),
+        (("generate", "hi", "--adapters", "sql=much"), 2, "name=weight"),
+        (("generate", "hi", "--adapters", "nosuch"), 1, "no adapter 'nosuch'"),
+        (("generate", "hi", "--base-model", "/nowhere"), 1, "cannot load the base model"),
+        (("generate", "hi", "--dtype", "int4"), 1, "unknown dtype"),
+        (("pool", "add", "/nowhere"), 2, "/nowhere"),
+        (("pool", "show", "nosuch"), 1, "no adapter 'nosuch'"),
+        (("conquer",), 2, "No such command"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_no_traceback(
+    run: Run, pool: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result, out, err = run(*arguments)
+    assert (result, out) == (code, "")
+    assert message in " ".join(err.replace("│", " ").split()) and "Traceback" not in err
+
+
+def test_a_bad_line_is_named(run: Run, pool: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    for line in ("not json", "[]", '{"prompt": "hi"}', '{"inputs": 3}'):
+        file.write_text('{"inputs": "hi"}\n' + line + "\n")
+        code, out, err = run("route", "--input", file)
+        assert (code, out) == (2, "") and "prompts.jsonl:2" in err

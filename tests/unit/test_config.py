@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loraretriever.config import Settings, cache_folder, load_settings
+from loraretriever.errors import InvalidInputError
+
+
+def test_overrides_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORARETRIEVER_K", "5")
+    monkeypatch.setenv("LORARETRIEVER_STRATEGY", "fusion")
+    settings = load_settings(k=None, strategy="selection")
+    assert (settings.k, settings.strategy) == (5, "selection")
+    assert load_settings(k=2).k == 2
+
+
+def test_defaults() -> None:
+    assert load_settings() == Settings()
+
+
+@pytest.mark.parametrize(("name", "value"), [("k", 0), ("temperature", -1), ("slots", "many"), ("colour", "red")])
+def test_wrong_settings_are_named(name: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=f"setting {name}"):
+        load_settings(**{name: value})
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LORARETRIEVER_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "loraretriever"
+    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "other"))
+    assert cache_folder() == tmp_path / "other"
