@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from common import SEED, Output, alternate, keep_freed_memory, summarize
+from common import CLOCKS, SEED, Output, alternate, keep_freed_memory, summarize
 from loraretriever.batch import BASE_ROW, AdapterRef, LoraLayers, RowRoute
 from loraretriever.batch.reference import paper_mixture
 from loraretriever.batch.routing import Routing
@@ -154,7 +154,7 @@ def bench_layers(args: argparse.Namespace, output: Output) -> None:
     """The adapted linear modules alone."""
     dtype = DTYPES[args.dtype]
     counts, sizes = ((8,), (32,)) if args.quick else ((1, 8, 48), (1, 8, 32))
-    for count in counts:
+    for count in args.counts or counts:
         torch.manual_seed(SEED)
         plain = Blocks(args.layers).to(args.device, dtype).eval()
         ours, peft = copy.deepcopy(plain), with_peft(copy.deepcopy(plain), count, args.rank)
@@ -173,9 +173,9 @@ def bench_layers(args: argparse.Namespace, output: Output) -> None:
             if batch * tokens * count <= 32 * 128 * 8:
                 paper = paper_layer(plain, adapters, rows)
                 contenders["paper"] = partial(paper, x)
-            seconds = alternate(contenders, args.rounds or (3 if tokens > 1 else 15))
+            seconds = alternate(contenders, args.rounds or (3 if tokens > 1 else 15), args.clock)
             setup = {"adapters": count, "k": k, "batch": batch, "tokens": tokens, "layers": args.layers}
-            setup |= {"rank": args.rank, "dtype": args.dtype, "device": args.device}
+            setup |= {"rank": args.rank, "dtype": args.dtype, "device": args.device, "clock": args.clock}
             output.write({"benchmark": "layer", "setup": setup, "results": summarize(seconds, "base")})
 
 
@@ -206,7 +206,7 @@ def bench_model(args: argparse.Namespace, output: Output) -> None:
     """Whole decoding steps: attention, cache, norms and vocabulary included."""
     plain = load_base_model(args.name, dtype=args.dtype, device=args.device).model
     counts = (8,) if args.quick else (8, 48)
-    for count in counts:
+    for count in args.counts or counts:
         torch.manual_seed(SEED)
         ours = copy.deepcopy(plain)
         adapters = random_adapters(plain, count, args.rank)
@@ -225,10 +225,16 @@ def bench_model(args: argparse.Namespace, output: Output) -> None:
                 other = Decoder(peft, args.batch, args.context, adapter_names=names)
                 other.start()
                 contenders["peft"] = other.step
-            seconds = alternate(contenders, args.rounds or (5 if args.quick else 20))
+            seconds = alternate(contenders, args.rounds or (5 if args.quick else 20), args.clock)
             used_slots = len({ref for row in rows for ref in row.adapters})
             setup = {"model": args.name, "adapters": count, "used": used_slots, "k": k, "batch": args.batch}
-            setup |= {"context": args.context, "rank": args.rank, "dtype": args.dtype, "device": args.device}
+            setup |= {
+                "context": args.context,
+                "rank": args.rank,
+                "dtype": args.dtype,
+                "device": args.device,
+                "clock": args.clock,
+            }
             output.write({"benchmark": "decode", "setup": setup, "results": summarize(seconds, "base")})
 
 
@@ -248,6 +254,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="layers without --model")
     parser.add_argument("--rounds", type=int, default=0, help="timed rounds; 0: by size")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
+    parser.add_argument(
+        "--clock", default="wall", choices=sorted(CLOCKS), help="cpu: with --threads 1, on a busy machine"
+    )
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of adapters")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     keep_freed_memory()

@@ -146,14 +146,15 @@ class SplitPath:
                 (first if seen[slot] < lora.NARROW else rest)[n].append((slot, weight))
                 seen[slot] += 1
         popular = sorted({slot for row in rest for slot, _ in row})
-        self._first = GroupedPath(first, None, dtype, device)
-        self._rest = GroupedPath(rest, None, dtype, device, popular)
+        self._parts = [GroupedPath(first, None, dtype, device)]
+        if popular:
+            self._parts.append(GroupedPath(rest, None, dtype, device, popular))
 
-    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The activations of both passes."""
-        return self._first.hidden(x, a), self._rest.hidden(x, a)
+    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
+        """The activations of each pass."""
+        return [part.hidden(x, a) for part in self._parts]
 
-    def add(self, y: torch.Tensor, h: tuple[torch.Tensor, torch.Tensor], member: int, b: torch.Tensor) -> None:
+    def add(self, y: torch.Tensor, h: Sequence[torch.Tensor], member: int, b: torch.Tensor) -> None:
         """See `Path`."""
-        self._first.add(y, h[0], member, b)
-        self._rest.add(y, h[1], member, b)
+        for part, activations in zip(self._parts, h, strict=True):
+            part.add(y, activations, member, b)

@@ -171,4 +171,4 @@ class OnePath:
         self._path = path
 
     def cheapest(self, rows: int, tokens: int, width: int, counts: Sequence[int], additive: bool) -> str:
-        return "grouped" if self._path == "split" and (not additive or max(counts) <= 4) else self._path
+        return "grouped" if self._path == "split" and not additive else self._path
