@@ -12,7 +12,7 @@ from typing import Any, Self
 from loraretriever.compose import compose_explicit, get_strategy, weigh
 from loraretriever.config import Settings, load_settings
 from loraretriever.engine import Engine
-from loraretriever.errors import InvalidInputError
+from loraretriever.errors import AdmissionError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import Retriever
 from loraretriever.types import BASE_COMPOSITION, Completion, Composition, Generation, Request, Route, Sampling
@@ -176,9 +176,15 @@ def _load_paper_retriever(pool: Pool, settings: Settings) -> Retriever:
 
 def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
     from loraretriever.engine.local import LocalEngine
-    from loraretriever.models import load_base_model
+    from loraretriever.models import linear_modules, load_base_model
 
     base = load_base_model(settings.base_model or pool.base_model, settings.dtype, settings.device)
+    problems = pool.check_shapes(linear_modules(base.name, base.model))
+    if problems:
+        raise AdmissionError(
+            "adapters of the pool do not fit the base model; remove them, or name another with --base-model:\n"
+            + "\n".join(problems)
+        )
     return LocalEngine(base, pool, slots=settings.slots, batch_size=settings.batch_size)
 
 

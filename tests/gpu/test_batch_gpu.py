@@ -24,7 +24,7 @@ pytestmark = [
 def test_mixed_rows_on_cuda(
     family: str, dtype: torch.dtype, tolerance: float, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "cost_model", lambda device: OnePath(path))
+    monkeypatch.setattr(routing, "cost_model", lambda device, dtype: OnePath(path))
     model = tiny_model(family)
     library = Library(model)
     refs = [library.add(rank, FAMILIES[family]) for rank in (1, 8, 64)]

@@ -14,12 +14,13 @@ from loraretriever.batch.lora import NARROW
 class CostModel:
     """What a path costs per parameter of one slot, relative to one multiply-add in a large matrix product.
 
-    `read`: reading a parameter from memory once. `wide`: what a batched product of more than `NARROW` rows for each
-    slot adds to that, per parameter. `fixed`: the extra operations of a path that is not dense, as if they were
-    slots (a slot of rank 8 has about 20,000 parameters in a q/k/v group of a small model).
+    `read`: reading a parameter from memory once. `narrow` and `wide`: what a batched product of up to `NARROW` or
+    more rows for each slot adds to that, per parameter. `fixed`: the extra operations of a path that is not dense,
+    as if they were slots (a slot of rank 8 has about 20,000 parameters in a q/k/v group of a small model).
     """
 
     read: float
+    narrow: float
     wide: float
     fixed: float
 
@@ -35,7 +36,7 @@ class CostModel:
         """Rows collected by slot, padded to the largest count, then one batched product over slots."""
         columns = max(counts) * tokens
         # Columns count twice: their inputs are collected and their outputs summed besides being multiplied.
-        return len(counts) * (self.read + (self.wide if columns > NARROW else 0) + 2 * columns) + self.fixed
+        return len(counts) * (self.read + (self.wide if columns > NARROW else self.narrow) + 2 * columns) + self.fixed
 
     def split(self, tokens: int, counts: Sequence[int]) -> float:
         """Up to `NARROW` rows of each slot as in grouped; the rest likewise, from copies of those slots."""
@@ -63,13 +64,17 @@ class CostModel:
         return min(costs, key=lambda path: costs[path])
 
 
-# Measured on one and two cores of an EPYC (Zen 4) with `benchmarks/bench_layer.py --paths`.
-CPU_COSTS = CostModel(read=6.0, wide=6.0, fixed=200.0)
+# Measured on one core of an EPYC (Zen 4) with `benchmarks/bench_layer.py --model --paths --threads 1 --clock cpu`.
+CPU_COSTS = CostModel(read=6.0, narrow=0.0, wide=6.0, fixed=200.0)
+# In bfloat16 large products are twice as fast there, but batched products of small matrices are not.
+CPU_HALF_COSTS = CostModel(read=4.0, narrow=22.0, wide=22.0, fixed=400.0)
 # Not measured: from the ratio of arithmetic to bandwidth of data-centre GPUs. There, decoding is bound by reading
 # the adapters and by launches, which dense has fewest of; prompts are bound by arithmetic, which gathered saves.
-CUDA_COSTS = CostModel(read=100.0, wide=20.0, fixed=2000.0)
+CUDA_COSTS = CostModel(read=100.0, narrow=20.0, wide=20.0, fixed=2000.0)
 
 
-def cost_model(device: torch.device) -> CostModel:
-    """The constants for a device type."""
-    return CUDA_COSTS if device.type == "cuda" else CPU_COSTS
+def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
+    """The constants for a device type and a dtype."""
+    if device.type == "cuda":
+        return CUDA_COSTS
+    return CPU_COSTS if dtype == torch.float32 else CPU_HALF_COSTS

@@ -56,7 +56,7 @@ class Routing:
         self._pairs = [_pairs(row, slot_of) for row in rows]
         self._mixers = [row.mixer for row in rows]
         self._device = device
-        self._costs = costs or cost_model(device)
+        self._costs = costs
         self.used_slots = frozenset(slot for pairs in self._pairs for slot, _ in pairs)
         self.is_empty = not self.used_slots
         self._paths: dict[tuple[type, torch.dtype], Path] = {}
@@ -83,7 +83,8 @@ class Routing:
                 counts[slot] += 1
         parameters = self._parameters()
         width = max(len(pairs) for pairs in self._pairs)
-        kind = kinds[self._costs.cheapest(self.rows, tokens, width, counts, parameters is None)]
+        costs = self._costs or cost_model(self._device, dtype)
+        kind = kinds[costs.cheapest(self.rows, tokens, width, counts, parameters is None)]
         path = self._paths.get((kind, dtype))
         if path is None:
             with torch.inference_mode(False):  # inference tensors could not serve a later pass with gradients

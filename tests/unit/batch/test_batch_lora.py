@@ -8,7 +8,7 @@ from batch_helpers import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraretriever.batch.costs import CPU_COSTS
+from loraretriever.batch.costs import CPU_COSTS, CPU_HALF_COSTS
 from loraretriever.batch.paths import DensePath, GatheredPath, GroupedPath, SplitPath
 from loraretriever.batch.reference import merged_update, paper_fusion, paper_mixture
 from loraretriever.types import LoraPair, Mixer
@@ -109,3 +109,7 @@ def test_the_cost_model_chooses(rows: int, tokens: int, width: int, counts: list
 
 def test_averaged_parameters_are_never_split() -> None:
     assert CPU_COSTS.cheapest(32, 1, 3, [2] * 32 + [32], additive=False) != "split"
+
+
+def test_half_precision_prefers_large_products() -> None:
+    assert CPU_HALF_COSTS.cheapest(32, 1, 3, [2] * 40, additive=True) == "dense"

@@ -28,7 +28,7 @@ PATHS = ("dense", "gathered", "grouped", "split")
 
 @pytest.fixture(params=PATHS)
 def one_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(routing, "cost_model", lambda device: OnePath(request.param))
+    monkeypatch.setattr(routing, "cost_model", lambda device, dtype: OnePath(request.param))
     return request.param
 
 
