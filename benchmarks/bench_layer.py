@@ -24,10 +24,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from common import CLOCKS, SEED, Output, alternate, keep_freed_memory, summarize
+from common import CLOCKS, SEED, Output, alternate, summarize
 from loraretriever.batch import BASE_ROW, AdapterRef, LoraLayers, RowRoute
 from loraretriever.batch.reference import paper_mixture
 from loraretriever.batch.routing import Routing
+from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.models import DEFAULT_BASE_MODEL, load_base_model
 from loraretriever.types import AdapterWeights, LoraPair
 

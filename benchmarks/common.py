@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,17 +18,6 @@ from typing import Any
 import torch
 
 SEED = 0
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: by default each step's cache is mapped anew and its pages cleared.
-
-    That takes a third of a decoding step of a small model, and much more or less of it from run to run.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from loraretriever import LoraRetriever, Sampling, console
+from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.evaluate.metrics import score
 from loraretriever.evaluate.tasks import Example, read_examples
 from loraretriever.models import load_tokenizer
@@ -55,6 +56,7 @@ def main(
     dtype: str = "float32",
 ) -> None:
     """Answer what has no answer yet, then write the table."""
+    keep_freed_memory()
     answers = _read_answers(results)
     done = {(answer.method, answer.task) for answer in answers}
     with (

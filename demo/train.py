@@ -19,6 +19,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cards import choose_samples, read_sources, write_card, write_samples
+from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.evaluate.metrics import score
 from loraretriever.evaluate.tasks import Example, read_examples
 from loraretriever.models import DEFAULT_BASE_MODEL, BaseModel, load_base_model, render_prompt
@@ -64,6 +65,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only this task (repeatable).")] = None,
 ) -> None:
     """Train every task that has no finished adapter yet, and put those that are good enough into the pool."""
+    keep_freed_memory()
     settings = TrainingSettings()
     base, encoder = load_base_model(DEFAULT_BASE_MODEL, dtype="float32"), SentenceEncoder()
     base.model.set_attn_implementation("eager")  # faster than the fused kernel when trained on a CPU

@@ -77,10 +77,12 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Answer one fresh prompt per adapter of the demo pool: routed, composed, beside the base model's answer."""
+    from loraretriever.engine.memory import keep_freed_memory
     from loraretriever.evaluate.demo import demo_folder, run_demo
     from loraretriever.evaluate.tasks import read_examples
     from loraretriever.pipeline import LoraRetriever
 
+    keep_freed_memory()
     folder = demo_folder()
     with LoraRetriever.open(folder / "pool", dtype=dtype) as retriever:
         known = {adapter.name for adapter in retriever.pool.list(enabled_only=True)}
@@ -154,9 +156,11 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, each by the adapters that fit it, in mixed batches."""
+    from loraretriever.engine.memory import keep_freed_memory
     from loraretriever.pipeline import LoraRetriever
     from loraretriever.types import Sampling
 
+    keep_freed_memory()
     rows = _read_prompts(prompts, input_file)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     named = None if adapters is None else _parse_weights(adapters)
