@@ -67,7 +67,7 @@ A LoRA adapter for {record["base_model"]}, made for the demo of LoraRetriever by
 - Data: {source["source"]}.
 - Licence of the data: {source["licence"]}. The examples were sampled and put into prompts of our own.
 - `samples.jsonl` holds {SAMPLES} of the training prompts, under the licence of the data.
-- Training: {settings["examples"]} examples, {record["steps"]} steps of {settings["batch_size"]}, rank {settings["rank"]}, alpha {settings["alpha"]}, on {", ".join(settings["targets"])}, learning rate {settings["learning_rate"]:g}, seed {settings["seed"]}; {record["seconds"]:.0f} seconds on a CPU.
+- Training: {settings["examples"]} examples, passes: {settings["epochs"]}, {record["steps"]} steps of {settings["batch_size"]}, rank {settings["rank"]}, alpha {settings["alpha"]}, on {", ".join(settings["targets"])}, learning rate {settings["learning_rate"]:g}, seed {settings["seed"]}; {record["seconds"]:.0f} seconds on a CPU.
 - Score ({_METRIC_NAMES[record["metric"]]}; {record["validation_prompts"]} validation prompts, greedy): base model {100 * record["base_score"]:.1f}, with this adapter {100 * record["adapter_score"]:.1f}.
 """
     (folder / "README.md").write_text(card, encoding="utf-8")

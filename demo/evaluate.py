@@ -8,11 +8,10 @@ goes into `demo/README.md`, between its two markers.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from loraretriever import LoraRetriever, Sampling, console
 from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.evaluate.metrics import score
 from loraretriever.evaluate.tasks import Example, read_examples
+from loraretriever.jsonl import read_jsonl
 from loraretriever.models import load_tokenizer
 
 MARKERS = ("<!-- table: demo/evaluate.py -->", "<!-- end of table -->")
@@ -59,10 +59,7 @@ def main(
     keep_freed_memory()
     answers = _read_answers(results)
     done = {(answer.method, answer.task) for answer in answers}
-    with (
-        LoraRetriever.open(pool, dtype=dtype, threshold=-1.0) as retriever,
-        results.open("a", encoding="utf-8") as file,
-    ):
+    with LoraRetriever.open(pool, dtype=dtype, threshold=-1.0) as retriever:
         names = [adapter.name for adapter in retriever.pool.list()]
         examples = {name: read_examples(tasks / "validation" / f"{name}.jsonl") for name in names}
         for method in METHODS:
@@ -72,9 +69,7 @@ def main(
                 for answer, completion_tokens in _answer(retriever, method, batch, examples):
                     answers.append(answer)
                     tokens += completion_tokens
-                # A task's answers are written together: `done` goes by method and task.
-                file.writelines(json.dumps(asdict(a)) + "\n" for a in answers if a.method == method and a.task in batch)
-                file.flush()
+                _write_answers(results, answers)
             if todo:
                 console.print_note(f"{method}: {tokens / (time.perf_counter() - start):.0f} tokens/s")
     _write_table(readme, _table(answers, examples))
@@ -104,9 +99,13 @@ def _longest_answer(tokenizer: Any, examples: list[Example]) -> int:
 
 
 def _read_answers(file: Path) -> list[Answer]:
-    if not file.is_file():
-        return []
-    return [Answer(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Answer(**row) for _, row in read_jsonl(file)] if file.is_file() else []
+
+
+def _write_answers(file: Path, answers: list[Answer]) -> None:
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text("".join(console.to_json(answer) + "\n" for answer in answers), encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _table(answers: list[Answer], examples: dict[str, list[Example]]) -> str:

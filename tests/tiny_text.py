@@ -81,5 +81,5 @@ class WordEncoder:
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
     def _vector(self, word: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256((self.tag + word).encode()).digest()[:4], "little")
+        seed = int.from_bytes(hashlib.sha256((self.tag + word).encode("utf-8", "replace")).digest()[:4], "little")
         return np.random.default_rng(seed).normal(size=64)

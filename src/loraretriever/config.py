@@ -1,4 +1,4 @@
-"""Settings. The environment is read here and nowhere else."""
+"""Settings. The environment is read here; only the command line's `--pool` names its own variable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from loraretriever.errors import InvalidInputError
 
 ENVIRONMENT_PREFIX = "LORARETRIEVER_"
+_OTHER_VARIABLES = (ENVIRONMENT_PREFIX + "POOL", ENVIRONMENT_PREFIX + "CACHE")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # LoraRetriever (arXiv 2402.09997), section 3.2: the instruction put before samples and prompts alike.
 PAPER_INSTRUCTION = "Represent the sentence for similar task retrieval: "
@@ -23,17 +24,17 @@ class Settings:
 
     `base_model` None takes the pool's. `threshold`: a hit with a lower score is not used; when none is left the
     base model answers. Its default was measured with the default encoder and instruction; choose it anew for another.
-    `temperature` belongs to the weighting by score, not to the sampling of tokens.
+    `weighting_temperature` is that of the softmax in the weighting by score.
     """
 
     base_model: str | None = None
     encoder: str = DEFAULT_ENCODER
     instruction: str = PAPER_INSTRUCTION
     k: int = Field(default=3, ge=1)
-    threshold: float = 0.5
+    threshold: float = Field(default=0.5, allow_inf_nan=False)
     strategy: str = "mixture"
     weighting: str = "score"
-    temperature: float = Field(default=0.05, gt=0)
+    weighting_temperature: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     device: str = "cpu"
     dtype: str = "auto"
     slots: int = Field(default=32, ge=1)
@@ -49,6 +50,7 @@ def load_settings(**overrides: Any) -> Settings:
     fields = Settings.__dataclass_fields__
     variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in fields}
     environment = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
+    _check_environment({*variables.values(), *_OTHER_VARIABLES})
     values = environment | {name: value for name, value in overrides.items() if value is not None}
     try:
         return TypeAdapter(Settings).validate_python(values)
@@ -58,6 +60,15 @@ def load_settings(**overrides: Any) -> Settings:
         raise InvalidInputError(
             f"setting {name} is {first['input']!r}: {first['msg']}. Known settings: {', '.join(fields)}."
         ) from error
+
+
+def _check_environment(known: set[str]) -> None:
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            raise InvalidInputError(
+                f"the environment has {name}={os.environ[name]!r}, which is no setting; expected one of "
+                f"{', '.join(sorted(known))}. Unset it."
+            )
 
 
 def cache_folder() -> Path:

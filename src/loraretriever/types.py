@@ -102,6 +102,10 @@ class Composition:
 BASE_COMPOSITION = Composition("base")
 
 
+def _is_temperature(value: float) -> bool:
+    return value == 0 or 1e-6 <= value < math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 are off.
@@ -121,9 +125,10 @@ class Sampling:
         """Refuse settings that mean nothing."""
         rules = (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("temperature", self.temperature, _is_temperature(self.temperature), "0 (greedy), or from 1e-6"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off), or a whole number below 2**31"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0, below 2**63"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
         )
         for name, value, is_valid, expected in rules:
@@ -143,7 +148,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the engine made of one request. `seconds` is the time from submission to the end of its batch."""
+    """What the engine made of one request. `seconds` is the time from submission to its last token."""
 
     text: str
     finish_reason: str  # "stop" (end token or stop string) or "length"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraretriever import __version__, cli
+from loraretriever.engine.local import LocalEngine
+from loraretriever.errors import PoolError
 from tiny import write_peft_folder
 from tiny_text import write_base_model, write_encoder
 
@@ -142,6 +144,22 @@ def test_generate(run: Run, pool: Path, tmp_path: Path) -> None:
     assert "fusion: 0.50" in run("generate", "write a query", *options)[1]
 
 
+def test_answers_that_were_made_before_an_error_are_kept(
+    run: Run, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LocalEngine.run
+
+    def fail_after_one(engine: LocalEngine, requests: Any) -> Iterator[Any]:
+        yield next(original(engine, requests))
+        raise PoolError("the disk is gone")
+
+    monkeypatch.setattr(LocalEngine, "run", fail_after_one)
+    target = tmp_path / "answers.jsonl"
+    code, _, err = run("generate", "one", "two", "--max-tokens", "2", "--output", target)
+    assert code == 1 and "the disk is gone" in err and "answers.jsonl.part" in err
+    assert not target.exists() and len(objects((tmp_path / "answers.jsonl.part").read_text())) == 1
+
+
 def test_generate_with_named_adapters(run: Run, pool: Path) -> None:
     (row,) = objects(run("generate", "hi", "--adapters", "sql=0.7,german=0.3", "--max-tokens", "2", "--json")[1])
     assert row["composition"]["adapters"] == ["sql", "german"] and row["composition"]["weights"] == [0.7, 0.3]
@@ -166,6 +184,9 @@ def test_generate_with_named_adapters(run: Run, pool: Path) -> None:
         (("generate", "hi", "--adapters", "nosuch"), 1, "no adapter 'nosuch'"),
         (("generate", "hi", "--base-model", "/nowhere"), 1, "cannot load the base model"),
         (("generate", "hi", "--dtype", "int4"), 1, "unknown dtype"),
+        (("generate", "hi", "--device", "nowhere"), 1, "cannot load the"),
+        (("generate", "hi", "--output", "/nowhere/answers.jsonl"), 2, "cannot write"),
+        (("generate", "hi", "--output", "."), 2, "it is a folder"),
         (("pool", "add", "/nowhere"), 2, "/nowhere"),
         (("pool", "show", "nosuch"), 1, "no adapter 'nosuch'"),
         (("conquer",), 2, "No such command"),

@@ -20,7 +20,10 @@ def test_defaults() -> None:
     assert load_settings() == Settings()
 
 
-@pytest.mark.parametrize(("name", "value"), [("k", 0), ("temperature", -1), ("slots", "many"), ("colour", "red")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("k", 0), ("weighting_temperature", -1), ("threshold", float("nan")), ("slots", "many"), ("colour", "red")],
+)
 def test_wrong_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(InvalidInputError, match=f"setting {name}"):
         load_settings(**{name: value})
@@ -32,3 +35,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "loraretriever"
     monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "other"))
     assert cache_folder() == tmp_path / "other"
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORARETRIEVER_THRESHHOLD", "0.7")
+    with pytest.raises(InvalidInputError, match="LORARETRIEVER_THRESHHOLD='0.7'"):
+        load_settings()

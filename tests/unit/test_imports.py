@@ -11,7 +11,7 @@ ROOT = Path(loraretriever.__file__).parent
 # A module of one line may import those of the lines above, and of its own line.
 ORDER = (
     {"errors"},
-    {"types", "config"},
+    {"types", "config", "jsonl"},
     {"models"},
     {"pool"},
     {"retrieve"},

@@ -42,5 +42,5 @@ def test_bad_task_files_name_the_line(tmp_path: Path, line: str) -> None:
 
 
 def test_a_missing_task_file(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="does not exist"):
+    with pytest.raises(InvalidInputError, match="cannot read"):
         read_examples(tmp_path / "none.jsonl")

@@ -122,3 +122,8 @@ def test_an_empty_pool_falls_back_to_the_base_model(tmp_path: Path, engine: Fake
         )
         (completion,) = retriever.generate(["hello"])
         assert completion.fallback and completion.text == "base"
+
+
+def test_a_threshold_that_is_no_number(retriever: LoraRetriever) -> None:
+    with pytest.raises(InvalidInputError, match="NaN"):
+        retriever.generate(["a"], threshold=float("nan"))

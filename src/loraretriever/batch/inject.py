@@ -85,6 +85,10 @@ class LoraGroup:
         """Module paths of the members."""
         return list(self._modules)
 
+    def has_room(self, slots: int, rank: int) -> bool:
+        """Whether there are this many slots of this rank."""
+        return self.stack is not None and self.stack.slots >= slots and self.stack.rank >= rank
+
     def resize(self, slots: int, rank: int, modules: Mapping[str, nn.Module]) -> None:
         """Take in these modules too, and give the slots this rank; what the slots hold stays."""
         members = {**self._modules, **modules}

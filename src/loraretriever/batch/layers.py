@@ -21,7 +21,8 @@ class LoraLayers:
     """A model's linear modules with room for `slots` adapters.
 
     Memory is bounded: slots x rank x (in + out) numbers for each targeted module, where rank is the largest that
-    has been loaded. Adapters that are not needed leave when others need their slot. Not safe for several threads.
+    has been loaded; slots are made as adapters come. Adapters that are not needed leave when others need their slot.
+    Not safe for several threads.
 
     Example:
         layers = LoraLayers(model, slots=8, load=lambda ref: load_weights(folder / ref.digest, ref.name, ref.digest))
@@ -136,8 +137,12 @@ class LoraLayers:
         self._make_fit(rank, sorted(weights.modules))
         slot = self._table.make_room(keep)
         self._epoch += 1
-        for stack in self._stacks():
-            stack.write(slot, weights.modules)
+        try:
+            for stack in self._stacks():
+                stack.write(slot, weights.modules)
+        except BaseException:
+            self._table.give_back(slot)
+            raise
         self._table.put(ref, slot)
 
     def _check(self, ref: AdapterRef, weights: AdapterWeights) -> None:
@@ -157,6 +162,11 @@ class LoraLayers:
                 )
             weight = module.weight
             assert isinstance(weight, torch.Tensor)
+            if not weight.dtype.is_floating_point:
+                raise InvalidInputError(
+                    f"the base model's {name!r} is stored as {weight.dtype}; adapters need a base model in float32, "
+                    "bfloat16 or float16, not a quantised one."
+                )
             check_fits(ref.name, name, pair, linear_shape(name, module), weight.dtype)
 
     def _make_fit(self, rank: int, names: Sequence[str]) -> None:
@@ -166,10 +176,10 @@ class LoraLayers:
         for name in new:
             key = group_of(name, linear_shape(name, self._modules[name])[1])
             by_group.setdefault(key, {})[name] = self._modules[name]
-        grown = self._groups if rank > self._rank else {}
-        for key in {**grown, **by_group}:
+        for key in {**self._groups, **by_group}:
             group = self._groups.setdefault(key, LoraGroup(self._active))
-            group.resize(self._table.capacity, rank, by_group.get(key, {}))
+            if key in by_group or not group.has_room(self._table.size, rank):
+                group.resize(self._table.size, rank, by_group.get(key, {}))
         self._targets.update(new)
         self._rank = rank
 

@@ -27,8 +27,9 @@ class SlotTable:
         if capacity < 1:
             raise InvalidInputError(f"the number of slots is {capacity}; expected at least 1.")
         self.capacity = capacity
+        self.size = 0  # slots that exist so far; grows to the capacity as they are needed
         self._slot_of: dict[AdapterRef, int] = {}  # least recently used first
-        self._free = list(range(capacity - 1, -1, -1))
+        self._free: list[int] = []
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._slot_of
@@ -56,7 +57,18 @@ class SlotTable:
         for ref in wanted:
             if ref in self._slot_of:
                 self._slot_of[ref] = self._slot_of.pop(ref)
-        return [ref for ref in wanted if ref not in self._slot_of]
+        missing = [ref for ref in wanted if ref not in self._slot_of]
+        self._grow(len(self._slot_of) + len(missing))
+        return missing
+
+    def _grow(self, wanted: int) -> None:
+        """Let there be at least `wanted` slots, or as many as the capacity allows; sizes double."""
+        size = max(self.size, 1)
+        while size < min(wanted, self.capacity):
+            size *= 2
+        size = min(size, self.capacity)
+        self._free[:0] = range(size - 1, self.size - 1, -1)
+        self.size = size
 
     def make_room(self, keep: Collection[AdapterRef]) -> int:
         """A free slot, taken from the least recently used adapter outside `keep` if there is none."""

@@ -32,11 +32,11 @@ class GroupStack:
         return self.a.nbytes + sum(b.nbytes for b in self.b)
 
     def copy_from(self, other: GroupStack) -> None:
-        """Take over the slots of a stack with fewer members or a lower rank."""
+        """Take over the slots of a stack with fewer slots or members, or a lower rank."""
         for i, name in enumerate(other.names):
             j = self.names.index(name)
-            self.a[:, j, : other.rank] = other.a[:, i]
-            self.b[j][:, : other.rank] = other.b[i]
+            self.a[: other.slots, j, : other.rank] = other.a[:, i]
+            self.b[j][: other.slots, : other.rank] = other.b[i]
         self.filled = set(other.filled)
 
     def write(self, slot: int, modules: Mapping[str, LoraPair]) -> None:

@@ -1,6 +1,6 @@
 """From ranked adapters to a composition."""
 
-from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, known_strategies
+from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, strategy_names
 from loraretriever.compose.weighting import weigh
 
-__all__ = ["Strategy", "compose_explicit", "get_strategy", "known_strategies", "weigh"]
+__all__ = ["Strategy", "compose_explicit", "get_strategy", "strategy_names", "weigh"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 from loraretriever.errors import InvalidInputError
@@ -50,26 +50,37 @@ BUILT_IN: Mapping[str, Strategy] = {"selection": selection, "mixture": mixture, 
 
 
 @functools.cache
-def known_strategies() -> Mapping[str, Strategy]:
-    """All strategies by name: the built-in ones, then those of installed packages, which cannot replace them."""
-    found = {point.name: point.load() for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return {**found, **BUILT_IN}
+def _plug_ins() -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def strategy_names() -> list[str]:
+    """Names of the built-in strategies and of those of installed packages."""
+    return sorted({*BUILT_IN, *_plug_ins()})
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy of that name.
+    """The strategy of that name; a package cannot replace a built-in one.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: there is none, or the package that has it fails.
     """
-    known = known_strategies()
-    if name not in known:
-        raise InvalidInputError(f"unknown strategy {name!r}; expected one of {', '.join(sorted(known))}.")
-    return known[name]
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    point = _plug_ins().get(name)
+    if point is None:
+        raise InvalidInputError(f"unknown strategy {name!r}; expected one of {', '.join(strategy_names())}.")
+    try:
+        strategy: Strategy = point.load()
+    except Exception as error:  # a package of somebody else's: anything can go wrong while it is imported
+        raise InvalidInputError(
+            f"strategy {name!r} cannot be loaded from {point.value}: {error}; mend or remove that package."
+        ) from error
+    return strategy
 
 
 def compose_explicit(strategy: str, weights: Mapping[str, float]) -> Composition:
-    """A composition of adapters and weights that the caller names; the weights are used as given.
+    """A composition of adapters and weights that the caller names; mixture and fusion use the weights as given.
 
     Raises:
         InvalidInputError: no adapter, an unknown strategy, or a weight that is not a finite number.

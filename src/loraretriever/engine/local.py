@@ -6,6 +6,7 @@ batches made anew at every step has the same interface.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
@@ -29,8 +30,8 @@ class AdapterSource(Protocol):
         """The current revision of an adapter."""
         ...
 
-    def weights(self, name: str) -> AdapterWeights:
-        """Its factors."""
+    def weights(self, name: str, digest: str | None = None) -> AdapterWeights:
+        """The factors of the revision with that digest, even if it is no longer the current one."""
         ...
 
 
@@ -42,16 +43,17 @@ class LocalEngine:
 
         Args:
             base: its linear modules get adapters while a batch runs; it is the plain base model otherwise.
-            source: looked up anew for every batch of requests, so that changes show at the next call.
+            source: looked up at every call; a call keeps the revisions that it started with.
             slots: adapters in memory at once; bounds the distinct adapters of one batch.
             batch_size: rows of one batch at most.
         """
         self._base = base
         self._source = source
         self._batch_size = batch_size
-        self._layers = LoraLayers(base.model, slots, lambda ref: source.weights(ref.name))
+        self._layers = LoraLayers(base.model, slots, lambda ref: source.weights(ref.name, ref.digest))
         self._end_ids = _end_ids(base)
-        self._max_length = int(base.model.config.get_text_config().max_position_embeddings)
+        config = base.model.config.get_text_config()
+        self._max_length = int(getattr(config, "max_position_embeddings", sys.maxsize))
 
     def run(self, requests: Ordered[Request]) -> Iterator[tuple[int, Generation]]:
         """Yield (position in `requests`, result) in the order of completion.

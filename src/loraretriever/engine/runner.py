@@ -25,6 +25,7 @@ class BatchRunner:
         self._model = model
         self._cache: Any = DynamicCache(config=model.config)
         forward = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in forward  # a model without them has positions in its attention mask
         # transformers renamed `past_key_values` in 5.24.
         self._options: dict[str, Any] = {"cache" if "cache" in forward else "past_key_values": self._cache}
         # Only the last position's logits are needed; the vocabulary is by far the widest product of a prefill.
@@ -39,14 +40,9 @@ class BatchRunner:
     @torch.inference_mode()
     def step(self) -> list[int]:
         """Run the model on the new positions and return the next token of each row."""
-        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self._input.shape[1] :]
-        output = self._model(
-            input_ids=self._input,
-            attention_mask=self._mask,
-            position_ids=positions,
-            use_cache=True,
-            **self._options,
-        )
+        if self._takes_positions:
+            self._options["position_ids"] = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self._input.shape[1] :]
+        output = self._model(input_ids=self._input, attention_mask=self._mask, use_cache=True, **self._options)
         tokens = self._sampler.sample(output.logits[:, -1])
         self._input = tokens[:, None]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)

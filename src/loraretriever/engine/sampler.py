@@ -43,7 +43,9 @@ class Sampler:
         return greedy.index_copy(0, rows, drawn)
 
     def _draw(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ordered, tokens = (logits / self._temperature[rows, None]).sort(dim=-1, descending=True)
+        # The largest logit becomes 0, so that a small temperature cannot make it infinite.
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperature[rows, None]
+        ordered, tokens = scaled.sort(dim=-1, descending=True)
         rank = torch.arange(ordered.shape[-1], device=logits.device)
         top_k = self._top_k[rows, None]
         ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)

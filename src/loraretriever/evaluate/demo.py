@@ -62,19 +62,21 @@ def run_demo(
     strategy: str | None = None,
 ) -> DemoReport:
     """Answer every example twice, in mixed batches: composed, and by the base model. Each answer is reported."""
+    if not examples:
+        raise PoolError("the demo pool has no adapter for any of the demo's prompts; reinstall it.")
     prompts = [example.inputs for example in examples]
     # Ranks three at least, so that both accuracies can be told; the composition gets the k asked for.
     routes = retriever.route(prompts, k=3)
+    assert retriever.engine, "loads the base model, which is not part of the batch's time"
     base, base_speed = _answer(retriever, prompts, on_answer, adapters={})
     composed, speed = _answer(retriever, prompts, on_answer, k=k, strategy=strategy)
     rows = tuple(
         DemoPrompt(e.inputs, e.task, c.hits, c.composition, b.text.strip(), c.text.strip(), e.targets)
         for e, c, b in zip(examples, composed, base, strict=True)
     )
-    found = [[hit.adapter for hit in route.hits].index(e.task) if e.task in {h.adapter for h in route.hits} else None
-             for e, route in zip(examples, routes, strict=True)]  # fmt: skip
-    top1 = sum(place == 0 for place in found) / len(found)
-    top3 = sum(place is not None for place in found) / len(found)
+    ranked = [[hit.adapter for hit in route.hits] for route in routes]
+    top1 = sum(names[:1] == [e.task] for names, e in zip(ranked, examples, strict=True)) / len(examples)
+    top3 = sum(e.task in names for names, e in zip(ranked, examples, strict=True)) / len(examples)
     return DemoReport(rows, top1, top3, speed, base_speed)
 
 

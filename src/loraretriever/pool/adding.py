@@ -6,6 +6,7 @@ place and commit the row. A kill before the commit leaves files that no row name
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,16 +14,19 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import PoolError
+from loraretriever.errors import AdmissionError, PoolError
 from loraretriever.pool import plain, records
 from loraretriever.pool.admission import Admission, admit, same_base
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import copy_adapter, discard, locked, rename, staging_folder, write_file
 from loraretriever.pool.layout import CONTENT_FOLDER, Layout
+from loraretriever.pool.peft_config import read_config
 from loraretriever.pool.samples import SAMPLES_FILE, derived_samples, read_card, read_samples, write_samples
 from loraretriever.pool.schema import AdapterRow
-from loraretriever.pool.weights import CARD_FILE, optional_file
+from loraretriever.pool.weights import CARD_FILE, digest_of, find_files, optional_file
 from loraretriever.types import Adapter, BaseModelSpec, Sample
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class AddChange(StrEnum):
@@ -32,6 +36,7 @@ class AddChange(StrEnum):
     REVISED = "revised"
     SAMPLES_UPDATED = "samples updated"
     DETAILS_UPDATED = "details updated"
+    REPAIRED = "repaired"
     UNCHANGED = "unchanged"
 
 
@@ -62,8 +67,13 @@ class _Staged:
     folder: Path
     admission: Admission
     samples: list[Sample]
-    explicit: bool  # the samples were given; they do not come from a model card, a description or the name
+    explicit: (
+        bool  # the samples are given or from a file; they do not come from a model card, a description or the name
+    )
+    given: bool  # the samples are given by the caller, or derived from a description that is
     description: str
+    stamp: plain.Stamp  # of the candidate's folder, before it was copied
+    in_place: bool  # the candidate is a folder of the pool, a plain one, and stays where it is
 
 
 def add(
@@ -74,8 +84,10 @@ def add(
         with locked(layout.state):
             sweep_content(layout, database)
     with staging_folder(layout.state) as staging:
-        staged = _stage(candidate, staging / "adapter", base_model, spec)
+        staged = _stage(layout, candidate, staging / "adapter", base_model, spec)
         with locked(layout.state), database.write() as session:
+            if layout.plain:
+                plain.put_back_replaced(layout)
             row = records.current_row(session, candidate.name)
             if row is not None and row.digest == staged.admission.digest:
                 change = _update(session, layout, row, candidate, staged)
@@ -96,12 +108,13 @@ def sweep_content(layout: Layout, database: Database) -> None:
     with database.read() as session:
         used = set(session.scalars(select(AdapterRow.digest)))
     for folder in layout.content.glob("*"):
-        if folder.name not in used:
+        if folder.name not in used and _DIGEST.fullmatch(folder.name):  # others would not be ours to delete
             discard(folder, layout.state)
 
 
-def _stage(candidate: Candidate, folder: Path, base_model: str, spec: BaseModelSpec | None) -> _Staged:
+def _stage(layout: Layout, candidate: Candidate, folder: Path, base_model: str, spec: BaseModelSpec | None) -> _Staged:
     """Copy the candidate's files and check the copy: nobody can change it between the check and the use."""
+    stamp = plain.stamp_of(candidate.folder)
     folder.mkdir()
     copy_adapter(candidate.folder, folder, candidate.max_bytes)
     admission = admit(
@@ -120,7 +133,10 @@ def _stage(candidate: Candidate, folder: Path, base_model: str, spec: BaseModelS
         admission=admission,
         samples=samples or derived_samples(candidate.name, card, candidate.description),
         explicit=samples is not None,
+        given=candidate.samples is not None or (samples is None and bool(candidate.description)),
         description=candidate.description or (card.paragraphs[0] if card.paragraphs else ""),
+        stamp=stamp,
+        in_place=layout.plain and candidate.folder == layout.root / candidate.name,
     )
 
 
@@ -147,36 +163,67 @@ def _insert(
         description=candidate.description or (before.description if before else staged.description),
         tags=candidate.tags or (before.tags if before else ()),
     )
-    _place(layout, before, row, staged, samples)
+    if layout.plain and not staged.in_place and before is None and (layout.root / row.folder).exists():
+        raise PoolError(
+            f"{layout.root / row.folder} exists but is not an adapter of the pool. Move it away, or give another name."
+        )
+    _place(layout, row, staged, samples)
     return row
 
 
-def _place(layout: Layout, before: AdapterRow | None, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:
-    target = layout.root / row.folder
-    if layout.plain:
-        if before is None and target.exists():
-            raise PoolError(f"{target} exists but is not an adapter of the pool. Move it away, or give another name.")
-        plain.place(layout, staged.folder, row.name, samples)
-        row.stamp = plain.stamp_of(target)
-    elif not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        rename(staged.folder, target)
-
-
 def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candidate, staged: _Staged) -> AddChange:
-    """Same name, same bytes: other samples, description or tags, or nothing new."""
+    """Same name, same bytes: other samples, description or tags, lost files, or nothing new."""
     old = records.samples_of(session, row)
     derived_anew = bool(candidate.description) and not any(sample.source == "given" for sample in old)
     samples = staged.samples if staged.explicit or derived_anew else old
     details = (candidate.description or row.description, list(candidate.tags or row.tags))
+    if staged.in_place:
+        row.stamp = staged.stamp
+    row.checked_shapes = row.checked_shapes or staged.admission.checked_shapes
     change = AddChange.UNCHANGED
     if details != (row.description, row.tags):
         row.description, row.tags = details
         change = AddChange.DETAILS_UPDATED
     if samples != old:
         records.replace_samples(session, row, samples)
-        if layout.plain:
-            write_file(layout.root / row.folder / SAMPLES_FILE, write_samples(samples))
-            row.stamp = plain.stamp_of(layout.root / row.folder)
         change = AddChange.SAMPLES_UPDATED
+    if not staged.in_place and _digest_in(layout.root / row.folder) != row.digest:
+        _place(layout, row, staged, samples)
+        change = AddChange.REPAIRED
+    elif layout.plain and samples != old:
+        _write_samples(layout, row, staged, samples)
     return change
+
+
+def _place(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:
+    """Put the staged files where the row says that they are."""
+    target = layout.root / row.folder
+    if staged.in_place:
+        row.stamp = staged.stamp
+        _write_samples(layout, row, staged, samples)
+    elif layout.plain:
+        plain.place(layout, staged.folder, row.name, samples)
+        row.stamp = plain.stamp_of(target)
+    elif _digest_in(target) != row.digest:
+        if target.exists():
+            discard(target, layout.state)
+        target.parent.mkdir(exist_ok=True)
+        rename(staged.folder, target)
+
+
+def _write_samples(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:
+    """Make the adapter's folder in a plain folder hold the samples; a file that they came from stays as it is."""
+    if staged.in_place and samples == staged.samples and not staged.given:
+        return
+    folder = layout.root / row.folder
+    write_file(folder / SAMPLES_FILE, write_samples(samples))
+    row.stamp = {**(row.stamp or {}), SAMPLES_FILE: plain.stamp_of(folder)[SAMPLES_FILE]}
+
+
+def _digest_in(folder: Path) -> str | None:
+    """The digest of the files in a folder; None where they are missing or damaged."""
+    try:
+        config, weights = find_files(folder)
+        return digest_of(read_config(config), weights)
+    except (AdmissionError, OSError):
+        return None

@@ -22,6 +22,7 @@ from loraretriever.pool.weights import (
 from loraretriever.types import BaseModelSpec
 
 MAX_RANK = 512
+MAX_MATCHING_COST = 5_000_000_000  # some 20 s; real adapters stay far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ def admit(
         _check_base(config, base_model, config_file)
     size = check_size(weights_file.stat().st_size, max_bytes, str(weights_file))
     pairs = _pairs(read_header(weights_file), weights_file)
+    if config.matching_cost(pairs) > MAX_MATCHING_COST:
+        raise AdmissionError(
+            f"{config_file}: it would take too long to match rank_pattern and alpha_pattern with {len(pairs)} modules. "
+            "Use fewer patterns, and fewer '*' and '+' in them."
+        )
     for module, (a, b) in pairs.items():
         _check_pair(module, a, b, config, spec, weights_file)
     for module, tensors in pairs.items():
@@ -131,6 +137,8 @@ def _check_pair(module: str, a: Tensor, b: Tensor, config: PeftConfig, spec: Bas
                 f"{file}: lora_{factor} of {module!r} has shape {list(tensor.shape)}; expected two dimensions, "
                 "none of them 0. Gather sharded weights before saving."
             )
+    if spec is not None:
+        check_shape(module, (b.shape[0], a.shape[1]), spec, str(file))
     rank = config.rank_of(module)
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise AdmissionError(
@@ -139,8 +147,6 @@ def _check_pair(module: str, a: Tensor, b: Tensor, config: PeftConfig, spec: Bas
         )
     if rank > MAX_RANK:
         raise AdmissionError(f"{file}: {module!r} has rank {rank}; expected at most {MAX_RANK}. Train a smaller one.")
-    if spec is not None:
-        check_shape(module, (b.shape[0], a.shape[1]), spec, str(file))
 
 
 def check_shape(module: str, shape: tuple[int, int], spec: BaseModelSpec, where: str) -> None:

@@ -50,9 +50,8 @@ class Database:
                 revision = _revision(connection)
             if revision == HEAD_REVISION:
                 return
-            if self._engine.dialect.name == "sqlite":
-                with self._engine.connect() as connection:
-                    connection.connection.driver_connection.execute("PRAGMA journal_mode = WAL")  # type: ignore[union-attr]
+            with self._engine.connect() as connection:
+                connection.connection.driver_connection.execute("PRAGMA journal_mode = WAL")  # type: ignore[union-attr]
             with self._writing.begin() as connection:
                 _upgrade(connection, self.file)
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, delete, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import InvalidInputError
@@ -17,6 +17,7 @@ from loraretriever.types import Sample
 Vectors = npt.NDArray[np.float32]
 SampleIds = tuple[int, ...]
 _STORED = np.dtype("<f4")
+MAX_ENCODERS = 4  # whose vectors are kept at once
 
 
 def load(session: Session, encoder: str) -> dict[str, Vectors]:
@@ -39,7 +40,7 @@ def missing(session: Session, encoder: str) -> dict[str, tuple[SampleIds, list[S
 
 
 def store(session: Session, encoder: str, vectors: Mapping[str, Vectors], asked: Mapping[str, SampleIds]) -> None:
-    """Store vectors of whole adapters, and drop what other encoders left for them.
+    """Store vectors of whole adapters. Of encoders, those that stored last are kept.
 
     An adapter whose samples are no longer those of `asked` is passed over, as is one that is gone.
     """
@@ -50,11 +51,20 @@ def store(session: Session, encoder: str, vectors: Mapping[str, Vectors], asked:
             continue
         if len(rows) != len(ids):
             raise InvalidInputError(f"{len(rows)} vectors for adapter {name!r}; expected one per sample: {len(ids)}.")
-        session.execute(delete(EmbeddingRow).where(EmbeddingRow.sample_id.in_(ids)))
+        session.execute(delete(EmbeddingRow).where(EmbeddingRow.sample_id.in_(ids), EmbeddingRow.encoder == encoder))
         session.add_all(
             EmbeddingRow(sample_id=sample, encoder=encoder, vector=vector.astype(_STORED).tobytes())
             for sample, vector in zip(ids, rows, strict=True)
         )
+    session.flush()
+    _drop_old_encoders(session)
+
+
+def _drop_old_encoders(session: Session) -> None:
+    # SQLite numbers the rows in the order they were inserted.
+    last: ColumnElement[int] = func.max(literal_column("embeddings.rowid"))
+    tags = session.scalars(select(EmbeddingRow.encoder).group_by(EmbeddingRow.encoder).order_by(last.desc())).all()
+    session.execute(delete(EmbeddingRow).where(EmbeddingRow.encoder.in_(tags[MAX_ENCODERS:])))
 
 
 def _enabled_samples(session: Session, encoder: str) -> dict[str, list[tuple[SampleRow, bytes | None]]]:

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraretriever.errors import PoolError
-from loraretriever.pool.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from loraretriever.pool.peft_config import CONFIG_FILE, read_config
 from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, check_size, find_files, optional_file
 
 MAX_CARD_BYTES = 4 << 20
-_STAGING = "staging"
+STAGING_FOLDER = "staging"
+_PREFIX = "unfinished-"  # of folders in it
 
 
 @contextmanager
@@ -34,8 +35,7 @@ def staging_folder(state: Path) -> Iterator[Path]:
     """
     with locked(state):
         sweep_staging(state)
-        (state / _STAGING).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=state / _STAGING))
+        folder = _make_unfinished(state)
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
     try:
@@ -47,10 +47,10 @@ def staging_folder(state: Path) -> Iterator[Path]:
 
 def sweep_staging(state: Path) -> None:
     """Delete staging folders whose owners died. Call it under the pool's lock."""
-    for folder in (state / _STAGING).glob("*"):
+    for folder in (state / STAGING_FOLDER).glob(f"{_PREFIX}*"):
         try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # its owner has just deleted it
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # its owner has just deleted it, or it is none of ours
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,10 +63,14 @@ def sweep_staging(state: Path) -> None:
 
 def discard(folder: Path, state: Path) -> None:
     """Delete a folder: first out of its place, so that a crash leaves no half of it there. Call it under the lock."""
-    (state / _STAGING).mkdir(exist_ok=True)
-    doomed = Path(tempfile.mkdtemp(dir=state / _STAGING))
+    doomed = _make_unfinished(state)
     rename(folder, doomed / folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_unfinished(state: Path) -> Path:
+    (state / STAGING_FOLDER).mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state / STAGING_FOLDER))
 
 
 def copy_adapter(source: Path, target: Path, max_bytes: int) -> None:
@@ -76,15 +80,16 @@ def copy_adapter(source: Path, target: Path, max_bytes: int) -> None:
         AdmissionError: a file is missing, too large, or not a file of the folder.
     """
     config, weights = find_files(source)
-    _copy(config, target / CONFIG_FILE, MAX_CONFIG_BYTES)
-    _copy(weights, target / WEIGHTS_FILE, max_bytes)
+    read_config(config)  # refuses most of what is refused before gigabytes are copied
+    _copy(config, target / CONFIG_FILE)
+    check_size(weights.stat().st_size, max_bytes, str(weights))
+    _copy(weights, target / WEIGHTS_FILE)
     card = optional_file(source / CARD_FILE)
     if card is not None and card.stat().st_size <= MAX_CARD_BYTES:
-        _copy(card, target / CARD_FILE, MAX_CARD_BYTES)
+        _copy(card, target / CARD_FILE)
 
 
-def _copy(source: Path, target: Path, max_bytes: int) -> None:
-    check_size(source.stat().st_size, max_bytes, str(source))
+def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
         writer.flush()
@@ -94,7 +99,8 @@ def _copy(source: Path, target: Path, max_bytes: int) -> None:
 def write_file(file: Path, text: str) -> None:
     """Write a text file whole or not at all, and to the disk."""
     unfinished = file.with_name(f".{file.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as handle:
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x", encoding="utf-8") as handle:  # "x" does not follow a link that is there
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

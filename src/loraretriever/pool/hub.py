@@ -23,7 +23,9 @@ class HubAdapter:
 
 
 def download_adapter(source: str, revision: str | None, max_bytes: int) -> HubAdapter:
-    """Download an adapter's three files to the hub's cache, at the commit that `owner/name[@revision]` is at now.
+    """Download an adapter's configuration, weights and model card to the hub's cache.
+
+    The commit is the one that `owner/name[@revision]` is at now.
 
     Raises:
         InvalidInputError: the source is neither a folder nor a hub id.
@@ -61,8 +63,12 @@ def locate(source: str | Path, revision: str | None, max_bytes: int) -> tuple[Pa
 
     Raises: as `download_adapter`, where the source is no folder.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidInputError(f"{str(source)!r:.200} cannot be an adapter's folder: {error}.") from error
+    if is_folder:
         folder = folder.resolve()
         return folder, str(folder), folder.name
     found = download_adapter(str(source), revision, max_bytes)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraretriever.config import cache_folder
 from loraretriever.errors import InvalidInputError, PoolError
 from loraretriever.pool.database import DATABASE_FILE
+from loraretriever.pool.files import STAGING_FOLDER
 from loraretriever.pool.peft_config import CONFIG_FILE
 from loraretriever.pool.weights import WEIGHTS_FILE
 
@@ -43,21 +46,47 @@ class Layout:
         return not self.plain or self.state.parent == self.root
 
     def prepare(self) -> None:
-        """Make the state folder."""
+        """Make the state folder.
+
+        Raises:
+            PoolError: a link or a device is in the place of a file that is written to.
+        """
+        if self.plain:
+            _check_is_real(self.state)
         self.state.mkdir(parents=True, exist_ok=True)
+        if self.plain:
+            # A plain folder may come from anywhere: nothing in it may make this process write to another place.
+            for file in self.state.iterdir():
+                _check_is_real(file)
         if self.plain and self.takes_adapters:
-            (self.state / ".gitignore").write_text("*\n")
+            with suppress(FileExistsError), (self.state / ".gitignore").open("x") as handle:
+                handle.write("*\n")
+
+
+def _check_is_real(file: Path) -> None:
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise PoolError(f"{file} is a link or a device; expected a file or folder of the pool's own. Delete it.")
 
 
 def created_layout(location: str | Path) -> Layout:
     """The layout of a new pool.
 
     Raises:
-        PoolError: the folder is a plain one, with adapters in it.
+        PoolError: the folder is a plain one, with adapters in it, or has folders that the pool would take for its own.
     """
     root = local_path(location)
     if root.is_dir() and adapter_folders(root):
         raise PoolError(f"{root} holds adapters and is a pool as it is: open it, or choose another folder.")
+    for own in (root / CONTENT_FOLDER, root / STAGING_FOLDER):
+        if not (root / DATABASE_FILE).is_file() and own.is_dir() and any(own.iterdir()):
+            raise PoolError(
+                f"{own} holds files already, and the pool would keep its own there. Choose another folder, such as "
+                f"{root / 'pool'}."
+            )
     return Layout(root, root, plain=False)
 
 
@@ -89,11 +118,14 @@ def local_path(location: str | Path) -> Path:
     """The absolute path of a pool's folder.
 
     Raises:
-        PoolError: the location is a URL.
+        PoolError: the location is a URL, or cannot be a path.
     """
     if "://" in str(location):
         raise PoolError(f"the pool {str(location)!r} is a URL; expected a folder. Only local pools can be opened.")
-    return Path(location).expanduser().resolve()
+    try:
+        return Path(location).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PoolError(f"{str(location)!r:.200} cannot be a pool's folder: {error}.") from error
 
 
 def adapter_folders(root: Path) -> dict[str, Path]:
@@ -101,7 +133,9 @@ def adapter_folders(root: Path) -> dict[str, Path]:
     return {
         folder.name: folder
         for folder in sorted(root.iterdir())
-        if not folder.name.startswith(".") and any((folder / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE))
+        # os.path.exists, unlike Path's, is False where the folder may not be read.
+        if not folder.name.startswith(".")
+        and any(os.path.exists(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE))
     }
 
 

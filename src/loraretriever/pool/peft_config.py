@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from loraretriever.errors import AdmissionError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_PATTERN_CHARACTERS = 256
+MAX_REPETITIONS = 2
 
 # Options of PEFT's LoraConfig (0.21) that say what this module reads, or that leave y += s·B·A·x as it is:
 # training, initialisation, choice of modules (the weights file says which were chosen), book-keeping.
@@ -31,6 +33,11 @@ _HARMLESS = {
 # These initialisations leave the base model's weights as they are. All others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ)
 # move a part of them into the adapter, which is then wrong on the unchanged base model.
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+# Names, '.', \d, \w and [0-9], each with '*' or '+' or without; '|', and a group that is not repeated.
+# A hostile expression could take exponential time: of such as these, two repetitions and one group are harmless.
+_SAFE_PATTERN = re.compile(r"\^?(?:(?:[\w.-]|\\[.\-dw]|\[\w+(?:-\w+)*\])[*+]?|[|()])*\$?")
+
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +47,29 @@ class PeftConfig:
     base_model: str
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     rslora: bool
     raw: Mapping[str, Any]
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, as PEFT finds it: the first pattern that matches, else `r`."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
+        return int(_find(self.rank_pattern, module, self.rank))
 
     def scaling_of(self, module: str) -> float:
         """The factor before B·A: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        alpha = _find(self.alpha_pattern, module, self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def matching_cost(self, modules: Collection[str]) -> int:
+        """At most so many steps, of some 5 ns, it takes to find the rank and the scaling of all modules."""
+        steps = [
+            sum(64 + module.count(".") * len(module) ** repetitions for module in modules)
+            for repetitions in range(MAX_REPETITIONS + 1)
+        ]
+        keys = [*(self.raw.get("rank_pattern") or ()), *(self.raw.get("alpha_pattern") or ())]
+        return sum((1 + key.count("|")) * steps[_count_repetitions(key)] for key in keys)
 
     @property
     def canonical(self) -> bytes:
@@ -62,9 +78,8 @@ class PeftConfig:
         return json.dumps(dict(sorted(self.raw.items())), separators=(",", ":")).encode()
 
 
-def _pattern_key(patterns: Mapping[str, object], module: str) -> str:
-    """PEFT's `get_pattern_key`: a pattern matches a whole path or the end of one, from a dot on."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+def _find(patterns: Patterns, module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -79,27 +94,28 @@ def read_config(file: Path) -> PeftConfig:
         raise AdmissionError(f"{file}: peft_type is {kind!r}; expected 'LORA'. Other PEFT methods cannot be served.")
     _refuse_unsupported(raw, file)
     base = raw.get("base_model_name_or_path") or ""
-    if not isinstance(base, str):
-        raise AdmissionError(f"{file}: base_model_name_or_path is {base!r}; expected the name of a model.")
+    if not isinstance(base, str) or not base.isprintable():
+        raise AdmissionError(f"{file}: base_model_name_or_path is {base!r:.200}; expected the name of a model.")
     return PeftConfig(
         base_model=base,
         rank=_rank(raw.get("r", 8), "r", file),
         alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", file),
-        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", file) for key, value in _pattern(raw, "rank", file)},
-        alpha_pattern={
-            key: _number(value, f"alpha_pattern[{key!r}]", file) for key, value in _pattern(raw, "alpha", file)
-        },
+        rank_pattern=_patterns(raw, "rank_pattern", _rank, file),
+        alpha_pattern=_patterns(raw, "alpha_pattern", _number, file),
         rslora=bool(raw.get("use_rslora")),
         raw=raw,
     )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    size = file.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise AdmissionError(f"{file} has {size} bytes; expected at most {MAX_CONFIG_BYTES}. Is it the right file?")
+    if not file.is_file():  # a pipe would wait for ever
+        raise AdmissionError(f"{file} is not a regular file.")
+    with file.open("rb") as handle:
+        content = handle.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise AdmissionError(f"{file} has too many bytes; expected at most {MAX_CONFIG_BYTES}. Is it the right file?")
     try:
-        raw = json.loads(file.read_bytes())
+        raw = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise AdmissionError(f"{file} is not valid JSON: {error}. Save the adapter again with PEFT.") from error
     if not isinstance(raw, dict):
@@ -127,22 +143,36 @@ def _refuse_unsupported(raw: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _pattern(raw: Mapping[str, Any], kind: str, file: Path) -> list[tuple[str, Any]]:
-    name = f"{kind}_pattern"
+def _patterns(raw: Mapping[str, Any], name: str, check: Callable[[Any, str, Path], float], file: Path) -> Patterns:
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict):
-        raise AdmissionError(f"{file}: {name} is {patterns!r}; expected an object from module patterns to numbers.")
-    for key in patterns:
-        # A hostile expression could take exponential time: PEFT's own patterns are module names, or nearly so.
-        if re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > 3:
-            raise AdmissionError(
-                f"{file}: {name} has {key!r}; expected at most 3 repetitions, none of a group. Name the modules."
-            )
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise AdmissionError(f"{file}: {name} has {key!r}, which is no regular expression: {error}.") from error
-    return list(patterns.items())
+        raise AdmissionError(f"{file}: {name} is {patterns!r:.200}; expected an object from module names to numbers.")
+    return tuple(
+        (_compiled(key, name, file), check(value, f"{name}[{key!r:.200}]", file)) for key, value in patterns.items()
+    )
+
+
+def _compiled(key: str, name: str, file: Path) -> re.Pattern[str]:
+    """PEFT's `get_pattern_key`: a pattern matches a whole path or the end of one, from a dot on."""
+    if (
+        len(key) > MAX_PATTERN_CHARACTERS
+        or not _SAFE_PATTERN.fullmatch(key)
+        or _count_repetitions(key) > MAX_REPETITIONS
+        or key.count("(") > 1
+    ):
+        raise AdmissionError(
+            f"{file}: {name} has {key!r:.200}; expected the name of a module, or an expression of at most "
+            f"{MAX_PATTERN_CHARACTERS} characters: of names, '.', \\d, \\w, [0-9], at most {MAX_REPETITIONS} "
+            "repetitions ('*', '+'), and at most one group of alternatives, not repeated. Name the modules."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise AdmissionError(f"{file}: {name} has {key!r}, which is no regular expression: {error}.") from error
+
+
+def _count_repetitions(pattern: str) -> int:
+    return pattern.count("*") + pattern.count("+")
 
 
 def _rank(value: Any, name: str, file: Path) -> int:
@@ -152,6 +182,10 @@ def _rank(value: Any, name: str, file: Path) -> int:
 
 
 def _number(value: Any, name: str, file: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdmissionError(f"{file}: {name} is {value!r}; expected a finite number.")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise AdmissionError(f"{file}: {name} is {value!r:.200}; expected a finite number.")
+    return number

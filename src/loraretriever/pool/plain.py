@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -16,17 +18,36 @@ from loraretriever.errors import AdmissionError, InvalidInputError, LoraRetrieve
 from loraretriever.pool import records
 from loraretriever.pool.admission import Admission, admit
 from loraretriever.pool.database import Database
-from loraretriever.pool.files import discard, locked, rename, write_file
+from loraretriever.pool.files import locked, rename, write_file
 from loraretriever.pool.layout import Layout, adapter_folders, check_name
 from loraretriever.pool.peft_config import CONFIG_FILE, read_config
-from loraretriever.pool.samples import SAMPLES_FILE, ModelCard, derived_samples, read_card, read_samples, write_samples
+from loraretriever.pool.samples import (
+    SAMPLES_FILE,
+    derived_samples,
+    printable,
+    read_card,
+    read_samples,
+    write_samples,
+)
 from loraretriever.pool.schema import AdapterRow
-from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, optional_file
+from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, optional_file, real_file
 from loraretriever.types import BaseModelSpec, Sample
 
 Stamp = dict[str, list[int]]
 _REPLACED = "replaced"  # adapters out of their place while a new revision takes it
 _REMOVED = "removed"  # removed adapters: a plain folder is the user's, so they are kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An adapter's folder that is new or has changed, and was admitted."""
+
+    folder: Path
+    stamp: Stamp
+    admission: Admission
+    base_mismatch: bool
+    description: str
+    samples: list[Sample]
 
 
 def stamp_of(folder: Path) -> Stamp:
@@ -57,31 +78,33 @@ def refresh(layout: Layout, database: Database) -> list[str]:
     """
     if _is_registered(layout, database):
         return []
-    with locked(layout.state), database.write() as session:
-        _put_back_replaced(layout)
+    with locked(layout.state):
+        put_back_replaced(layout)
         folders = adapter_folders(layout.root)
-        pool = records.pool_row(session) or records.create_pool_row(session, _common_base(layout.root, folders), False)
-        spec = records.stored_spec(pool)
-        rows = {row.name: row for row in records.current_rows(session)}
-        problems = []
-        for name, folder in folders.items():
-            row = rows.pop(name, None)
-            if row is not None and row.stamp == stamp_of(folder):
-                continue
-            try:
-                _register(session, folder, row, pool.base_model, spec)
-            except (LoraRetrieverError, OSError) as error:
-                problems.append(f"adapter folder {name!r} was left out: {error}")
-                if row is not None:
-                    rows[name] = row
-        for name in rows:
-            records.delete_adapter(session, name)
-            records.count_change(session)
-        return problems
+        with database.read() as session:
+            pool = records.pool_row(session)
+            base_model = pool.base_model if pool else _common_base(layout.root, folders)
+            spec = records.stored_spec(pool) if pool else None
+            rows = {row.name: row for row in records.current_rows(session)}
+            session.expunge_all()
+        found, problems = _look(folders, rows, base_model, spec)  # may take long: outside of any transaction
+        with database.write() as session:
+            if pool is None:
+                records.create_pool_row(session, base_model, check_base=False)
+            for each in found:
+                _register(session, each, base_model)
+                records.count_change(session)
+            for name in rows.keys() - folders.keys() | problems.keys() & rows.keys():
+                records.delete_adapter(session, name)
+                records.count_change(session)
+    return list(problems.values())
 
 
 def place(layout: Layout, staged: Path, name: str, samples: list[Sample]) -> None:
-    """Put a staged adapter into its place in the folder; one that was there leaves it. Call it under the lock."""
+    """Put a staged adapter into its place in the folder; one that was there is kept as a removed one.
+
+    Call it under the lock, and after `put_back_replaced`.
+    """
     write_file(staged / SAMPLES_FILE, write_samples(samples))
     target = layout.root / name
     replaced = layout.state / _REPLACED / name
@@ -90,16 +113,31 @@ def place(layout: Layout, staged: Path, name: str, samples: list[Sample]) -> Non
         rename(target, replaced)
     rename(staged, target)
     if replaced.exists():
-        discard(replaced, layout.state)
+        _keep(layout, replaced)
 
 
 def take_out(layout: Layout, name: str) -> None:
     """Move an adapter's folder out of the pool, to `.loraretriever/removed`. Call it under the lock."""
-    folder, removed = layout.root / name, layout.state / _REMOVED
+    put_back_replaced(layout)
+    if (layout.root / name).exists():
+        _keep(layout, layout.root / name)
+
+
+def put_back_replaced(layout: Layout) -> None:
+    """Undo replacements that were cut short before the new revision was in its place. Call it under the lock."""
+    for folder in (layout.state / _REPLACED).glob("*"):
+        if (layout.root / folder.name).exists():
+            _keep(layout, folder)
+        else:
+            rename(folder, layout.root / folder.name)
+
+
+def _keep(layout: Layout, folder: Path) -> None:
+    """Move an adapter's folder to the removed ones: it may hold files that are only there."""
+    removed = layout.state / _REMOVED
     removed.mkdir(exist_ok=True)
-    target = next(path for n in range(1, 1 << 30) if not (path := removed / f"{name}.{n}").exists())
-    if folder.exists():
-        rename(folder, target)
+    numbered = (removed / f"{folder.name}.{number}" for number in count(1))
+    rename(folder, next(path for path in numbered if not path.exists()))
 
 
 def _is_registered(layout: Layout, database: Database) -> bool:
@@ -110,22 +148,13 @@ def _is_registered(layout: Layout, database: Database) -> bool:
     return known == {name: stamp_of(folder) for name, folder in adapter_folders(layout.root).items()}
 
 
-def _put_back_replaced(layout: Layout) -> None:
-    """Undo replacements that were cut short before the new revision was in its place."""
-    for folder in (layout.state / _REPLACED).glob("*"):
-        if (layout.root / folder.name).exists():
-            discard(folder, layout.state)
-        else:
-            rename(folder, layout.root / folder.name)
-
-
 def _common_base(root: Path, folders: Mapping[str, Path]) -> str:
     """The base model that most adapters name."""
     names: Counter[str] = Counter()
     problems = []
     for folder in folders.values():
         try:
-            names[read_config(folder / CONFIG_FILE).base_model] += 1
+            names[read_config(real_file(folder / CONFIG_FILE)).base_model] += 1
         except (AdmissionError, OSError) as error:
             problems.append(str(error))
     del names[""]
@@ -135,9 +164,23 @@ def _common_base(root: Path, folders: Mapping[str, Path]) -> str:
     return names.most_common(1)[0][0]
 
 
-def _register(
-    session: Session, folder: Path, row: AdapterRow | None, base_model: str, spec: BaseModelSpec | None
-) -> None:
+def _look(
+    folders: Mapping[str, Path], rows: Mapping[str, AdapterRow], base_model: str, spec: BaseModelSpec | None
+) -> tuple[list[_Found], dict[str, str]]:
+    """What is in the folders that changed, and by name, what is wrong with those that cannot be used."""
+    found, problems = [], {}
+    for name, folder in folders.items():
+        row = rows.get(name)
+        if row is not None and row.stamp == stamp_of(folder):
+            continue
+        try:
+            found.append(_look_at(folder, row, base_model, spec))
+        except (LoraRetrieverError, OSError) as error:
+            problems[name] = f"adapter folder {name!r} was left out: {error}"
+    return found, problems
+
+
+def _look_at(folder: Path, row: AdapterRow | None, base_model: str, spec: BaseModelSpec | None) -> _Found:
     name = check_name(folder.name)
     if folder.is_symlink():
         raise InvalidInputError(f"{folder} is a link; expected a folder. Move the adapter there.")
@@ -146,35 +189,36 @@ def _register(
     mismatch = row is not None and row.base_mismatch
     admission = admit(folder, base_model, spec, allow_base_mismatch=mismatch)
     card = read_card(optional_file(folder / CARD_FILE))
-    description = card.paragraphs[0] if card.paragraphs else row.description if row else ""
-    samples = _samples(folder, name, card, description)
-    if row is None or row.digest != admission.digest:
+    description = row.description if row else ""
+    if card.paragraphs and (row is None or (row.stamp or {}).get(CARD_FILE) != stamp.get(CARD_FILE)):
+        description = card.paragraphs[0]
+    if file := optional_file(folder / SAMPLES_FILE):
+        samples = read_samples(file)
+    else:
+        samples = derived_samples(name, card, "" if card.paragraphs else description)
+    return _Found(folder, stamp, admission, mismatch, description, samples)
+
+
+def _register(session: Session, found: _Found, base_model: str) -> None:
+    name = found.folder.name
+    row = records.current_row(session, name)
+    if row is None or row.digest != found.admission.digest:
         records.insert_revision(
             session,
             name,
-            admission,
-            samples,
+            found.admission,
+            found.samples,
             base_model=base_model,
-            base_mismatch=mismatch,
+            base_mismatch=found.base_mismatch,
             folder=name,
-            source=str(folder),
-            description=description,
+            source=printable(str(found.folder)),
+            description=found.description,
             tags=row.tags if row else (),
-            stamp=stamp,
+            stamp=found.stamp,
         )
-    else:
-        _update(session, row, admission, samples, stamp)
-    records.count_change(session)
-
-
-def _samples(folder: Path, name: str, card: ModelCard, description: str) -> list[Sample]:
-    if file := optional_file(folder / SAMPLES_FILE):
-        return read_samples(file)
-    return derived_samples(name, card, "" if card.paragraphs else description)
-
-
-def _update(session: Session, row: AdapterRow, admission: Admission, samples: list[Sample], stamp: Stamp) -> None:
-    row.stamp = stamp
-    row.checked_shapes = row.checked_shapes or admission.checked_shapes
-    if records.samples_of(session, row) != samples:
-        records.replace_samples(session, row, samples)
+        return
+    row.stamp = found.stamp
+    row.description = found.description
+    row.checked_shapes = row.checked_shapes or found.admission.checked_shapes
+    if records.samples_of(session, row) != found.samples:
+        records.replace_samples(session, row, found.samples)

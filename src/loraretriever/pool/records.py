@@ -49,6 +49,12 @@ def current_row(session: Session, name: str) -> AdapterRow | None:
     return session.scalar(select(AdapterRow).where(AdapterRow.name == name, AdapterRow.current))
 
 
+def revision_row(session: Session, name: str, digest: str) -> AdapterRow | None:
+    """The last revision of an adapter that has this content."""
+    query = select(AdapterRow).where(AdapterRow.name == name, AdapterRow.digest == digest)
+    return session.scalars(query.order_by(AdapterRow.revision.desc())).first()
+
+
 def current_rows(session: Session) -> Sequence[AdapterRow]:
     """The current revision of every adapter, by name."""
     return session.scalars(select(AdapterRow).where(AdapterRow.current).order_by(AdapterRow.name)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,9 @@ from loraretriever.pool.embeddings import SampleIds, Vectors
 from loraretriever.pool.files import file_errors, locked
 from loraretriever.pool.hub import locate
 from loraretriever.pool.layout import Layout, check_name, created_layout, find_layout
-from loraretriever.pool.samples import given_samples, read_samples
+from loraretriever.pool.samples import given_samples, printable, read_samples
 from loraretriever.pool.schema import AdapterRow, PoolRow
-from loraretriever.pool.weights import DEFAULT_MAX_BYTES, load_weights
+from loraretriever.pool.weights import DEFAULT_MAX_BYTES, WEIGHTS_FILE, load_weights
 from loraretriever.types import Adapter, AdapterWeights, BaseModelSpec, Sample
 
 Samples = list[Sample]  # inside the class, `list` is its method
@@ -53,7 +54,7 @@ class Pool:
 
         Args:
             location: its folder; made when it is missing.
-            base_model: the model that all its adapters are for: a hub id or a folder.
+            base_model: the model that all its adapters are for: a hub id or a folder (whose absolute path is kept).
             spec: the base model's linear modules, where the caller knows them; else they are looked up when the
                 first adapter is added.
             check_base: False adds adapters even where the base model cannot be loaded to compare shapes with.
@@ -61,10 +62,12 @@ class Pool:
         Raises:
             PoolError: there is a pool already, or the folder cannot be written.
         """
-        layout = created_layout(location)
         if not base_model.strip():
             raise InvalidInputError("the base model's name is empty; expected a hub id or a folder.")
-        with file_errors(f"make a pool at {layout.root}"):
+        if os.path.isdir(os.path.expanduser(base_model)):
+            base_model = os.path.realpath(os.path.expanduser(base_model))
+        with file_errors(f"make a pool at {location}"):
+            layout = created_layout(location)
             layout.prepare()
             with locked(layout.state), _closed_on_error(Database(layout.database)) as database:
                 database.migrate()
@@ -83,8 +86,8 @@ class Pool:
         Raises:
             PoolError: there is no pool at that place, or its database cannot be used.
         """
-        layout = find_layout(location)
-        with file_errors(f"open the pool at {layout.root}"):
+        with file_errors(f"open the pool at {location}"):
+            layout = find_layout(location)
             layout.prepare()
             with _closed_on_error(Database(layout.database)) as database:
                 if not database.is_current:
@@ -132,7 +135,8 @@ class Pool:
             source: a PEFT folder, or a hub id `owner/name[@revision]`.
             name: its name in the pool; by default that of the folder or repository.
             samples: prompts that it is meant for. Without them and without `samples_file` they come from the
-                folder's `samples.jsonl`, or else from the model card, the description, at last the name.
+                folder's `samples.jsonl` (of a hub repository only configuration, weights and model card are
+                downloaded), or else from the model card, the description, at last the name.
             samples_file: a JSONL file with samples: objects with `inputs`, `text` or `prompt`.
             description: what it does, in a sentence.
             tags: words to group adapters by.
@@ -148,7 +152,10 @@ class Pool:
         """
         self._check_takes_adapters()
         if samples is not None and samples_file is not None:
-            raise InvalidInputError("both samples and samples_file are given; expected one of them.")
+            raise InvalidInputError(
+                "samples are given as strings (samples, --sample) and as a file (samples_file, --samples); "
+                "expected one of them."
+            )
         given = given_samples(samples) if samples is not None else None
         if samples_file is not None:
             given = read_samples(Path(samples_file))
@@ -156,10 +163,10 @@ class Pool:
         candidate = Candidate(
             name=check_name(name if name is not None else default_name),
             folder=folder,
-            source=label,
+            source=printable(label),
             samples=given,
-            description=description.strip(),
-            tags=tuple(dict.fromkeys(tags)),
+            description=printable(description).strip(),
+            tags=tuple(dict.fromkeys(map(printable, tags))),
             allow_base_mismatch=allow_base_mismatch,
             max_bytes=max_bytes,
         )
@@ -207,13 +214,32 @@ class Pool:
         with self._database.read() as session:
             return records.samples_of(session, self._find(session, name))
 
-    def weights(self, name: str) -> AdapterWeights:
-        """An adapter's weights: CPU tensors mapped from its file, in the dtype they are stored in."""
+    def weights(self, name: str, digest: str | None = None) -> AdapterWeights:
+        """An adapter's weights: CPU tensors mapped from its file, in the dtype they are stored in.
+
+        Args:
+            name: the adapter.
+            digest: the revision to load, by its content; it need not be the current one. None: the current one.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name, or that revision's files are no longer there.
+            PoolError: the files cannot be read.
+        """
         with self._database.read() as session:
-            row = self._find(session, name)
-            session.expunge(row)
+            row = self._find(session, name) if digest is None else records.revision_row(session, name, digest)
+            session.expunge_all()
+        gone = AdapterNotFoundError(
+            f"adapter {name!r} was revised or removed meanwhile: its content {digest} is no longer in the pool. "
+            "Ask again, for the pool as it is now."
+        )
+        if row is None:
+            raise gone
         folder = self._layout.root / row.folder
+        if digest is not None and not (folder / WEIGHTS_FILE).exists():
+            raise gone
         if row.stamp is not None and plain.changed_weights(row.stamp, folder):
+            if digest is not None:
+                raise gone
             raise PoolError(f"the files of adapter {name!r} in {folder} have changed. Open the pool again.")
         return load_weights(folder, name, row.digest)
 
@@ -234,11 +260,12 @@ class Pool:
         return problems
 
     def check_shapes(self, spec: BaseModelSpec) -> Problems:
-        """Compare adapters admitted without the base model with it, now that it is known; returns what is wrong."""
-        with self._database.write() as session:
-            row = self._row(session)
-            row.spec = row.spec or records.spec_json(spec)
-        return verify.check_due_shapes(self._layout, self._database, spec)
+        """Compare the enabled adapters with a base model, now that it is known; returns what is wrong, by adapter.
+
+        With the pool's own base model (by name), those are compared that were admitted without it, and what is found
+        well is remembered. With another one, all are, and nothing is stored.
+        """
+        return verify.check_shapes(self._layout, self._database, spec)
 
     def embeddings(self, encoder_tag: str) -> dict[str, Vectors]:
         """For each enabled adapter that is wholly embedded: its samples' vectors, shape (samples, dimension)."""
@@ -255,7 +282,7 @@ class Pool:
     def store_embeddings(self, encoder_tag: str, vectors: Mapping[str, Vectors]) -> None:
         """Store vectors for what `missing_embeddings` gave this thread, one per sample, in order.
 
-        Adapters whose samples have changed since then are passed over. Other encoders' vectors of the same samples go.
+        Adapters whose samples have changed since then are passed over. Vectors of a few encoders are kept.
         """
         asked: dict[str, SampleIds] = getattr(self._asked, "ids", {})
         with self._database.write() as session:

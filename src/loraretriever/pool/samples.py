@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from loraretriever.errors import InvalidInputError
+from loraretriever.jsonl import read_jsonl
 from loraretriever.types import Sample
 
 SAMPLES_FILE = "samples.jsonl"
@@ -22,6 +24,10 @@ _FIELDS = ("inputs", "text", "prompt")
 _SOURCES = ("given", "model_card", "description", "name")
 _CARD_PARAGRAPHS = 3  # the first ones tell what an adapter is for; later ones are about its training
 _CARD_CHARACTERS = 500
+_CARD_TEXT = 20_000  # characters of a card, after its front matter, that are looked at
+_CARD_MATTER = 64_000  # characters of front matter; YAML is slow
+# Control characters but tab and newline, halves of surrogate pairs, and what changes the direction of text.
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +55,7 @@ def read_samples(file: Path) -> list[Sample]:
     Raises:
         InvalidInputError: the file cannot be read, or a line cannot be used; the message gives its number.
     """
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise InvalidInputError(f"{file} has more than {MAX_FILE_BYTES:,} bytes; expected a few samples.")
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read samples from {file}: {error}. Expected a JSONL file in UTF-8.") from error
-    samples = [_parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    samples = [_sample_of(row, f"{file}:{number}") for number, row in read_jsonl(file, MAX_FILE_BYTES)]
     return _checked(samples, str(file))
 
 
@@ -85,18 +85,19 @@ def read_card(file: Path | None) -> ModelCard:
             text = handle.read(1 << 20)
     except OSError:
         return ModelCard()
-    matter, body = _split_front_matter(text.replace("\0", ""))
-    return ModelCard(_widget_prompts(matter), _paragraphs(body) or _description(matter))
+    matter, body = _split_front_matter(printable(text))
+    return ModelCard(_widget_prompts(matter), _paragraphs(body[:_CARD_TEXT]) or _description(matter))
 
 
-def _parse_line(line: str, where: str) -> Sample:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f'{where}: {error}; expected a JSON object such as {{"inputs": "..."}}.') from error
-    names = [name for name in _FIELDS if isinstance(row, dict) and name in row]
+def printable(text: str) -> str:
+    """A text of foreign origin without what a terminal or the database would trip over."""
+    return _UNPRINTABLE.sub("", text)
+
+
+def _sample_of(row: dict[str, Any], where: str) -> Sample:
+    names = [name for name in _FIELDS if name in row]
     if not names:
-        raise InvalidInputError(f"{where}: {line[:80]!r}; expected a JSON object with one of {', '.join(_FIELDS)}.")
+        raise InvalidInputError(f"{where}: {row!r:.80}; expected a JSON object with one of {', '.join(_FIELDS)}.")
     text, source = row[names[0]], row.get("source")
     if not isinstance(text, str):
         raise InvalidInputError(f"{where}: {names[0]} is {text!r:.80}; expected a string.")
@@ -132,10 +133,11 @@ def _split_front_matter(text: str) -> tuple[dict[str, Any], str]:
     match = re.match(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
     if match is None:
         return {}, text
-    try:
-        matter = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        matter = None
+    matter = None
+    if len(match[1]) <= _CARD_MATTER:
+        # The base loader makes strings of all scalars: others fail in many ways at values that do not fit their tags.
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            matter = yaml.load(match[1], Loader=yaml.BaseLoader)
     return matter if isinstance(matter, dict) else {}, text[match.end() :]
 
 
@@ -149,26 +151,28 @@ def _widget_prompts(matter: dict[str, Any]) -> tuple[str, ...]:
         messages = example.get("messages")
         turns = messages if isinstance(messages, list) else [{"role": "user", "content": example.get("text")}]
         contents = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
-        prompts += [text for text in contents[:1] if isinstance(text, str) and text.strip()]
-    return tuple(prompt[:MAX_CHARACTERS] for prompt in prompts)
+        prompts += [printable(text)[:MAX_CHARACTERS] for text in contents[:1] if isinstance(text, str)]
+    return tuple(prompt for prompt in prompts if prompt.strip())
 
 
 def _description(matter: dict[str, Any]) -> tuple[str, ...]:
     description = matter.get("description")
-    return (description.strip(),) if isinstance(description, str) and description.strip() else ()
+    text = printable(description).strip() if isinstance(description, str) else ""
+    return (text[:_CARD_CHARACTERS],) if text else ()
 
 
 def _paragraphs(body: str) -> tuple[str, ...]:
     """The first paragraphs of prose: without code, comments, headings, tables, pictures and unfilled places."""
     body = re.sub(r"```.*?(```|$)|<!--.*?(-->|$)", "", body, flags=re.DOTALL)
-    body = re.sub(r"!\[[^\]]*\]\([^)]*\)|<[^<>]*>", "", body)
-    body = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", body)
+    # The bounds keep hostile text from taking quadratic time.
+    body = re.sub(r"!\[[^\]\n]{0,500}\]\([^)\n]{0,500}\)|<[^<>]{0,500}>", "", body)
+    body = re.sub(r"\[([^\]\n]{0,500})\]\([^)\n]{0,500}\)", r"\1", body)
     found = []
     for block in re.split(r"\n\s*\n", body):
         lines = [line.strip() for line in block.split("\n")]
         prose = [line for line in lines if line and not re.match(r"#|\||[-=*_]{3,}$", line)]
         prose = [line for line in prose if "more information needed" not in line.lower()]
         text = " ".join(prose)
-        if re.search(r"\w{2,}.*\s.*\w", text):
+        if sum(map(str.isalnum, text)) > 3:
             found.append(text[:_CARD_CHARACTERS])
     return tuple(found[:_CARD_PARAGRAPHS])

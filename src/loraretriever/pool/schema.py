@@ -49,7 +49,6 @@ class AdapterRow(Base):
             "name",
             unique=True,
             sqlite_where=text("current"),
-            postgresql_where=text("current"),
         ),
         {"sqlite_autoincrement": True},
     )

@@ -29,22 +29,31 @@ def find_problems(layout: Layout, database: Database, base_model: str, spec: Bas
     return problems
 
 
-def check_due_shapes(layout: Layout, database: Database, spec: BaseModelSpec) -> list[str]:
-    """Compare the modules of adapters that were admitted without the base model at hand."""
-    problems = []
+def check_shapes(layout: Layout, database: Database, spec: BaseModelSpec) -> list[str]:
+    """Compare the modules of enabled adapters with a base model's.
+
+    With the pool's own base model: those admitted without it at hand, and what is found well is stored. With another
+    one: all of them, and nothing is stored.
+    """
     with database.read() as session:
-        due = [row for row in records.current_rows(session) if not row.checked_shapes]
+        pool = records.pool_row(session)
+        own = pool is not None and pool.base_model == spec.name
+        due = [row for row in records.current_rows(session) if row.enabled and not (own and row.checked_shapes)]
+        is_known = pool is not None and pool.spec is not None
         session.expunge_all()
-    passed = []
+    problems, passed = [], []
     for row in due:
         try:
             for module, shape in module_shapes(layout.root / row.folder).items():
-                check_shape(module, shape, spec, f"adapter {row.name!r}")
+                check_shape(module, shape, spec, str(layout.root / row.folder))
             passed.append(row.id)
         except (AdmissionError, OSError) as error:
-            problems.append(str(error))
-    if passed:
+            problems.append(f"adapter {row.name!r}: {error}")
+    if own and (passed or not is_known):
         with database.write() as session:
+            pool = records.pool_row(session)
+            if pool is not None and pool.spec is None and not problems:
+                pool.spec = records.spec_json(spec)
             for number in passed:
                 if (found := session.get(AdapterRow, number)) is not None:
                     found.checked_shapes = True

@@ -23,7 +23,7 @@ from loraretriever.types import AdapterWeights, LoraPair
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 DEFAULT_MAX_BYTES = 2 << 30
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<module>[\w.-]{1,128})\.lora_(?P<factor>[AB])\.weight")
 # safetensors dtype -> (unsigned integer of the same width, bits of its exponent; all of them set: NaN or infinite)
 DTYPES: Mapping[str, tuple[Any, int]] = {
     "F32": (np.uint32, 0x7F800000),
@@ -89,7 +89,10 @@ def check_size(size: int, max_bytes: int, name: str) -> int:
         AdmissionError: it is.
     """
     if size > max_bytes:
-        raise AdmissionError(f"{name} has {size:,} bytes; expected at most {max_bytes:,}. Raise max_bytes to take it.")
+        raise AdmissionError(
+            f"{name} has {size:,} bytes; expected at most {max_bytes:,}. Larger ones can be "
+            "added from Python: pool.add(..., max_bytes=...)."
+        )
     return size
 
 
@@ -152,7 +155,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise AdmissionError(f"{file} is not a whole safetensors file: {error}. Copy or download it again.") from error
     return {
         name: Tensor(header[name]["dtype"], tuple(header[name]["shape"]), start + header[name]["data_offsets"][0])
-        for name in names
+        for name in sorted(names)
     }
 
 

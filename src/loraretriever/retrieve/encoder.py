@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraretriever.config import DEFAULT_ENCODER, PAPER_INSTRUCTION
-from loraretriever.errors import ModelLoadError
-from loraretriever.models import resolve_encoder
+from loraretriever.models import encodable, load_errors, resolve_encoder
+
+_EXPECTED = "Expected a local folder in sentence-transformers format or the id of such a model on the hub."
 
 Vectors = NDArray[np.float32]
 
@@ -46,13 +47,8 @@ class SentenceEncoder:
         """
         from sentence_transformers import SentenceTransformer
 
-        try:
+        with load_errors("encoder", name, _EXPECTED):
             self._model: Any = SentenceTransformer(resolve_encoder(name), device=device).eval()
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise ModelLoadError(
-                f"cannot load the encoder {name!r}: {error}\n"
-                "Expected a local folder in sentence-transformers format or the id of such a model on the hub."
-            ) from error
         self._instruction = instruction
         self._batch_size = batch_size
         self.tag = f"{name}#{self._fingerprint()}#{instruction}"
@@ -68,7 +64,7 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Shape: (len(texts), dimension), rows of length 1."""
         vectors = self._model.encode(
-            [self._instruction + text for text in texts],
+            [self._instruction + encodable(text) for text in texts],
             batch_size=self._batch_size,
             normalize_embeddings=True,
             convert_to_numpy=True,

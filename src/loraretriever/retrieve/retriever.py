@@ -52,7 +52,7 @@ class PaperRetriever:
         self._check_names({*exclude, *(only or ())}, index)
         if not prompts:
             return []
-        return index.search(self._encoder.encode([_encodable(prompt) for prompt in prompts]), k, exclude, only)
+        return index.search(self._encoder.encode(prompts), k, exclude, only)
 
     def _check_names(self, names: set[str], index: MeanIndex) -> None:
         for name in sorted(names - set(index.names)):
@@ -71,7 +71,7 @@ class PaperRetriever:
         missing = self._pool.missing_embeddings(self._encoder.tag)
         if not missing:
             return
-        vectors = self._encoder.encode([_encodable(sample.text) for samples in missing.values() for sample in samples])
+        vectors = self._encoder.encode([sample.text for samples in missing.values() for sample in samples])
         ends = np.cumsum([len(samples) for samples in missing.values()])
         split = np.split(vectors, ends[:-1])
         self._pool.store_embeddings(self._encoder.tag, dict(zip(missing, split, strict=True)))
@@ -83,8 +83,3 @@ def _check_request(prompts: Sequence[str], k: int) -> None:
     for position, prompt in enumerate(prompts):
         if not prompt.strip():
             raise InvalidInputError(f"prompt {position + 1} of {len(prompts)} is empty; expected some text.")
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates, which no tokenizer takes, become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")

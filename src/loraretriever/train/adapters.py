@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
+from loraretriever.errors import require_extra
 from loraretriever.evaluate.tasks import Example
 from loraretriever.models import BaseModel, render_prompt
+
+with require_extra("train"):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 Progress = Callable[[int, int, float], None]
 

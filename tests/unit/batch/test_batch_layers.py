@@ -113,7 +113,7 @@ def test_two_routings_of_one_acquired_step() -> None:
             pass
 
 
-def test_memory_is_bounded_and_rank_grows() -> None:
+def test_memory_grows_with_need_and_is_bounded() -> None:
     library = Library(tiny_model())
     refs = [library.add(rank, ("q_proj",)) for rank in (2, 2, 8, 2)]
     layers = LoraLayers(library.model, 2, library.load)
@@ -122,7 +122,7 @@ def test_memory_is_bounded_and_rank_grows() -> None:
         layers.acquire([ref])
         sizes.append(layers.nbytes)
     per_slot = 2 * (32 + 32) * 4  # two layers, in + out, float32
-    assert sizes == [2 * 2 * per_slot, 2 * 2 * per_slot, 2 * 8 * per_slot, 2 * 8 * per_slot]
+    assert sizes == [1 * 2 * per_slot, 2 * 2 * per_slot, 2 * 8 * per_slot, 2 * 8 * per_slot]
 
 
 def test_weights_that_cancel_and_adapters_named_twice() -> None:

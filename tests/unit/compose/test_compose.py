@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 
 import pytest
 
-from loraretriever.compose import compose_explicit, get_strategy, known_strategies, weigh
+from loraretriever.compose import compose_explicit, get_strategy, strategies, strategy_names, weigh
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Composition, Hit, Mixer
 
@@ -54,17 +56,28 @@ def best_two(hits: list[Hit], weights: list[float]) -> Composition:
     return Composition("best-two", tuple(hit.adapter for hit in hits[:2]), (0.5, 0.5))
 
 
-def test_entry_points_add_strategies_but_replace_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plug_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    group = strategies.ENTRY_POINT_GROUP
     points = [
-        EntryPoint("best-two", f"{__name__}:best_two", "loraretriever.strategies"),
-        EntryPoint("selection", f"{__name__}:best_two", "loraretriever.strategies"),
+        EntryPoint("best-two", f"{__name__}:best_two", group),
+        EntryPoint("selection", f"{__name__}:best_two", group),
+        EntryPoint("broken", "no_such_package:strategy", group),
     ]
-    monkeypatch.setattr("loraretriever.compose.strategies.entry_points", lambda group: points)
-    monkeypatch.setattr(EntryPoint, "load", lambda self: best_two)
-    known_strategies.cache_clear()
-    try:
-        assert get_strategy("best-two")(HITS, []).adapters == ("a", "b")
-        assert get_strategy("selection")(HITS, []).adapters == ("a",)
-        assert set(known_strategies()) == {"best-two", "selection", "mixture", "fusion"}
-    finally:
-        known_strategies.cache_clear()
+    monkeypatch.setattr(strategies, "entry_points", lambda group: points)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    strategies._plug_ins.cache_clear()
+    yield
+    strategies._plug_ins.cache_clear()
+
+
+def test_entry_points_add_strategies_but_replace_none(plug_ins: None) -> None:
+    assert get_strategy("best-two")(HITS, []).adapters == ("a", "b")
+    assert get_strategy("selection")(HITS, []).adapters == ("a",)
+    assert strategy_names() == ["best-two", "broken", "fusion", "mixture", "selection"]
+
+
+def test_a_broken_plug_in_breaks_nothing_else(plug_ins: None) -> None:
+    assert get_strategy("mixture") is strategies.mixture
+    with pytest.raises(InvalidInputError, match="'broken' cannot be loaded from no_such_package:strategy"):
+        get_strategy("broken")

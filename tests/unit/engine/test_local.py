@@ -137,6 +137,24 @@ def test_an_unknown_adapter(base: BaseModel, pool: Pool) -> None:
         next(LocalEngine(base, pool).run([Request("fine", Composition("selection", ("a9",), (1.0,)))]))
 
 
+def test_a_running_call_keeps_the_revisions_it_started_with(base: BaseModel, pool: Pool) -> None:
+    requests = [
+        Request(text, Composition("selection", (name,), (1.0,))) for text, name in (("x", "a2"), ("long x", "a3"))
+    ]
+    engine = LocalEngine(base, pool, batch_size=1)
+    expected = run(engine, requests)
+    stream = LocalEngine(base, pool, batch_size=1).run(requests)
+    first = next(stream)
+    pool.add(pool.get("a0").folder, name="a3", samples=["sample 3"])
+    assert [first, *stream][1][1].text == expected[1].text
+    assert run(engine, requests)[1].text != expected[1].text
+
+
+def test_lone_surrogates_are_read_as_question_marks(base: BaseModel, pool: Pool) -> None:
+    strange, plain = run(LocalEngine(base, pool), [Request("a \ud800 b"), Request("a ? b")])
+    assert strange.text == plain.text
+
+
 def test_no_requests(base: BaseModel, pool: Pool) -> None:
     assert run(LocalEngine(base, pool), []) == []
 

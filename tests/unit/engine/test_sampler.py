@@ -52,6 +52,12 @@ def test_rows_have_their_own_settings() -> None:
     assert tokens[[0, 1, 3]].tolist() == logits.argmax(1)[[0, 1, 3]].tolist()
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits = 1e4 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    tokens = Sampler([Sampling(temperature=1e-6, seed=0)] * 4, CPU).sample(logits)
+    assert tokens.tolist() == logits.argmax(1).tolist()
+
+
 def test_select_keeps_each_rows_random_state() -> None:
     logits = torch.zeros(3, 1000)
     settings = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
@@ -67,6 +73,10 @@ def test_select_keeps_each_rows_random_state() -> None:
     "settings",
     [
         {"max_tokens": 0},
+        {"temperature": 1e-38},
+        {"seed": 2**70},
+        {"seed": -1},
+        {"top_k": 2**70},
         {"temperature": -1.0},
         {"temperature": float("inf")},
         {"top_p": 0.0},

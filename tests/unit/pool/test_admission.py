@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,19 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": [1]}, "rank_pattern is [1]"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
     ({"alpha_pattern": {"(": 1}}, "no regular expression"),
-    ({"alpha_pattern": {"(a+)+": 1}}, "none of a group"),
-    ({"alpha_pattern": {".*a.*b.*c.*d": 1}}, "at most 3 repetitions"),
+    ({"alpha_pattern": {"(a+)+": 1}}, "at most one group of alternatives, not repeated"),
+    ({"alpha_pattern": {".*a.*b.*c": 1}}, "at most 2 repetitions"),
+    ({"alpha_pattern": {"a?" * 30 + "a" * 30: 1}}, "expected the name of a module"),
+    ({"alpha_pattern": {"(a|a)" * 30: 1}}, "expected the name of a module"),
+    ({"alpha_pattern": {"a" * 257: 1}}, "at most 256 characters"),
+    ({"alpha_pattern": {"[z-a]": 1}}, "no regular expression"),
+    ({"rank_pattern": {"(?i)q_proj": 4}}, "expected the name of a module"),
+    ({"rank_pattern": {"a{99999999999999}": 4}}, "expected the name of a module"),
+    ({"rank_pattern": {"(" * 3000 + ")" * 3000: 4}}, "expected the name of a module"),
+    ({"lora_alpha": 10**400}, "expected a finite number"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "expected a finite number"),
+    ({"r": 10**400}, "expected rank 1000"),
+    ({"base_model_name_or_path": "a\ud800"}, "expected the name of a model"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
     ({"base_model_name_or_path": "other/model"}, "--allow-base-mismatch"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path is ''"),
@@ -92,9 +104,44 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "message"), UNSUPPORTED, ids=[message for _, message in UNSUPPORTED])
+@pytest.mark.parametrize(("config", "message"), UNSUPPORTED, ids=range(len(UNSUPPORTED)))
 def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     assert message in refusal(write_peft_folder(tmp_path, config=config))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "layers.0.self_attn.q_proj",
+        ".*\\.0\\..*q_proj",
+        "model\\.layers\\.\\d+\\.mlp.*",
+        "^model.layers.[0-9]+.self_attn.(q_proj|v_proj)$",
+        "q_proj|v_proj",
+    ],
+)
+def test_usual_patterns_are_admitted(tmp_path: Path, pattern: str) -> None:
+    admit(write_peft_folder(tmp_path, config={"rank_pattern": {pattern: 4}}), TINY_BASE, TINY_SPEC)
+
+
+@pytest.mark.parametrize("patterns", [{f"{'.' * n}.*.*b": 4 for n in range(100)}, {f"q{n}": 4 for n in range(20_000)}])
+def test_patterns_that_would_take_long_are_refused(tmp_path: Path, patterns: dict[str, int]) -> None:
+    tensors = {}
+    for number in range(5000):
+        name = f"{number}{'.' * 100}"
+        for factor in "AB":
+            tensors[f"base_model.model.{name}.lora_{factor}.weight"] = np.ones((1, 1), np.float32)
+    write_peft_folder(tmp_path, tensors=tensors, config={"rank_pattern": patterns})
+    begin = time.process_time()
+    with pytest.raises(AdmissionError, match="take too long"):
+        admit(tmp_path, TINY_BASE, None)
+    assert time.process_time() - begin < 5
+
+
+def test_module_names_are_short(tmp_path: Path) -> None:
+    name = f"base_model.model.{'.' * 129}.lora_{{}}.weight"
+    tensors = {name.format(factor): np.ones((1, 1), np.float32) for factor in "AB"}
+    assert "expected only names like" in refusal(write_peft_folder(tmp_path, tensors=tensors))
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
@@ -249,3 +296,8 @@ def test_the_digest_sees_weights_and_meaning_of_the_configuration(tmp_path: Path
 )
 def test_names_of_the_same_base_model(one: str, other: str, same: bool) -> None:
     assert same_base(one, other) is same
+
+
+def test_the_limit_of_size_names_a_remedy_that_exists(tmp_path: Path) -> None:
+    message = refusal(write_peft_folder(tmp_path), max_bytes=100)
+    assert "from Python: pool.add(..., max_bytes=...)" in message

@@ -7,7 +7,7 @@ import pytest
 
 from loraretriever.errors import InvalidInputError
 from loraretriever.pool import Pool
-from loraretriever.pool.embeddings import Vectors
+from loraretriever.pool.embeddings import MAX_ENCODERS, Vectors
 from loraretriever.types import Sample
 from tiny import write_peft_folder
 
@@ -50,13 +50,23 @@ def test_disabled_adapters_are_left_out(filled: Pool) -> None:
     assert filled.missing_embeddings("e").keys() == {"a"}
 
 
-def test_other_encoders_replace_the_embeddings(filled: Pool) -> None:
-    embed_missing(filled, "old")
-    assert filled.embeddings("new") == {}
-    assert filled.embeddings("old").keys() == {"a", "b"}
+def test_encoders_have_vectors_of_their_own(filled: Pool, tmp_path: Path) -> None:
+    for tag in ("one", "two"):
+        embed_missing(filled, tag)
+    filled.add(write_peft_folder(tmp_path / "c", seed=3), samples=["x"])
+    embed_missing(filled, "two")
+    assert filled.embeddings("one").keys() == {"a", "b"}
+    assert filled.embeddings("two").keys() == {"a", "b", "c"}
+
+
+def test_vectors_of_the_last_few_encoders_are_kept(filled: Pool, tmp_path: Path) -> None:
+    for number in range(MAX_ENCODERS):
+        embed_missing(filled, f"e{number}")
+    filled.add(write_peft_folder(tmp_path / "c", seed=3), samples=["x"])
+    embed_missing(filled, "e0")
     embed_missing(filled, "new")
-    assert filled.embeddings("new").keys() == {"a", "b"}
-    assert filled.embeddings("old") == {}
+    kept = {tag for tag in (*(f"e{number}" for number in range(MAX_ENCODERS)), "new") if filled.embeddings(tag)}
+    assert kept == {"e0", "new", *(f"e{number}" for number in range(2, MAX_ENCODERS))}
 
 
 def test_embeddings_go_with_their_samples(filled: Pool, tmp_path: Path) -> None:

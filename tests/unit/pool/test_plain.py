@@ -4,11 +4,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loraretriever.errors import ModelLoadError, PoolError
-from loraretriever.pool import AddChange, Pool, files, layout
+from loraretriever.errors import AdapterNotFoundError, ModelLoadError, PoolError
+from loraretriever.pool import AddChange, Pool, admission, files, layout
 from loraretriever.types import Sample
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
@@ -103,7 +104,7 @@ def test_bad_folders_are_reported_and_left_out(folder: Path, tmp_path: Path) -> 
         "dora": "use_dora=True",
         "has space": "cannot be used; expected",
         "other": "'other/base'; expected the pool's 'tiny/llama'",
-        "lines": "line 2: the sample is ''",
+        "lines": "samples.jsonl:2: the sample is ''",
         "half": "it is missing",
         "link": "is a link; expected a folder",
     }
@@ -114,6 +115,118 @@ def test_bad_folders_are_reported_and_left_out(folder: Path, tmp_path: Path) -> 
             for name, message in expected.items():
                 assert any(repr(name) in problem and message in problem for problem in pool.problems), name
             assert set(pool.problems) < set(pool.verify())
+
+
+HOSTILE = [
+    {"rank_pattern": {"(?i)q_proj": 4}},
+    {"rank_pattern": {"a{99999999999999}": 4}},
+    {"rank_pattern": {"(" * 3000 + ")" * 3000: 4}},
+    {"lora_alpha": 10**400},
+    {"base_model_name_or_path": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("config", HOSTILE, ids=range(len(HOSTILE)))
+def test_one_bad_configuration_leaves_the_others(folder: Path, config: dict[str, Any]) -> None:
+    write_peft_folder(folder / "bad", config=config)
+    with Pool.open(folder) as pool:
+        assert (names(pool), len(pool.problems)) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp foo"])
+def test_odd_front_matter_is_no_problem(folder: Path, value: str) -> None:
+    write_peft_folder(folder / "c", card=f"---\nx: {value}\n---\nWrites SQL.\n")
+    with Pool.open(folder) as pool:
+        assert (names(pool), pool.problems) == (["a", "b", "c"], ())
+
+
+def test_configurations_that_never_end_are_not_read(folder: Path) -> None:
+    for name in ("link", "pipe"):
+        (folder / name).mkdir()
+    (folder / "link/adapter_config.json").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe/adapter_config.json")
+    with Pool.open(folder) as pool:
+        assert (names(pool), len(pool.problems)) == (["a", "b"], 2)
+
+
+def test_a_folder_that_may_not_be_read_leaves_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "locked").mkdir()
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if Path(str(path)).parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with Pool.open(folder) as pool:
+        assert (names(pool), pool.problems) == (["a", "b"], ())
+
+
+def test_links_in_the_state_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    state = folder / ".loraretriever"
+    state.symlink_to(tmp_path)
+    with pytest.raises(PoolError, match="is a link or a device"):
+        Pool.open(folder)
+    state.unlink()
+    state.mkdir()
+    for name in (".gitignore", "lock", "pool.db", "staging", "replaced", "removed"):
+        (state / name).symlink_to(victim)
+        with pytest.raises(PoolError, match=f"{name} is a link or a device"):
+            Pool.open(folder)
+        (state / name).unlink()
+    os.mkfifo(state / "lock")
+    with pytest.raises(PoolError, match="lock is a link or a device"):
+        Pool.open(folder)
+    assert victim.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "victim"]
+
+
+def test_writing_samples_follows_no_link(folder: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / "a/.samples.jsonl.tmp").symlink_to(victim)
+    with Pool.open(folder) as pool:
+        pool.add(write_peft_folder(tmp_path / "a"), samples=["new"])
+        assert pool.samples("a") == [Sample("new")]
+    assert victim.read_text() == "precious"
+    assert not (folder / "a/.samples.jsonl.tmp").exists()
+
+
+def test_the_gitignore_is_the_users(folder: Path) -> None:
+    Pool.open(folder).close()
+    (folder / ".loraretriever/.gitignore").write_text("mine")
+    Pool.open(folder).close()
+    assert (folder / ".loraretriever/.gitignore").read_text() == "mine"
+
+
+def test_an_edited_card_gives_the_description(folder: Path) -> None:
+    with Pool.open(folder) as pool:
+        pool.add(folder / "a", description="By hand.")
+        change(folder / "a/adapter_model.safetensors")
+        pool.refresh()
+        assert pool.get("a").description == "By hand."
+        (folder / "a/README.md").write_text("Does \x1b[1mthat instead.\n")
+        pool.refresh()
+        assert (pool.get("a").description, pool.get("a").revision) == ("Does [1mthat instead.", 1)
+
+
+def test_admission_holds_no_transaction(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool.open(folder) as pool:
+        write_peft_folder(folder / "c", seed=2)
+        seen = []
+
+        def admit(*args: Any, **options: Any) -> Any:
+            pool.set_enabled("a", False)  # writes
+            seen.append(args[0].name)
+            return admission.admit(*args, **options)
+
+        monkeypatch.setattr("loraretriever.pool.plain.admit", admit)
+        monkeypatch.setattr("loraretriever.pool.database._BUSY_SECONDS", 1.0)
+        pool.refresh()
+        assert (names(pool), seen, pool.get("a").enabled) == (["a", "b", "c"], ["c"], False)
 
 
 def test_an_adapter_that_turned_bad_is_no_longer_registered(folder: Path) -> None:
@@ -171,6 +284,66 @@ def test_adding_to_a_plain_folder(folder: Path, tmp_path: Path) -> None:
             pool.add(source, name="notes")
 
 
+def test_a_folder_that_was_left_out_is_added_in_place(folder: Path) -> None:
+    other = write_peft_folder(folder / "other", base_model="other/copy", samples=["x"])
+    (other / "notes.txt").write_text("mine")
+    lines = (other / "samples.jsonl").read_bytes()
+    for _ in range(2):
+        with Pool.open(folder) as pool:
+            assert (names(pool), len(pool.problems)) == (["a", "b"], 1)
+    with Pool.open(folder) as pool:
+        assert pool.add(other, allow_base_mismatch=True).change is AddChange.ADDED
+        number = pool.change
+        assert pool.add(other, allow_base_mismatch=True).change is AddChange.UNCHANGED
+        pool.weights("other")
+    assert ((other / "notes.txt").read_text(), (other / "samples.jsonl").read_bytes()) == ("mine", lines)
+    with Pool.open(folder) as pool:
+        assert (names(pool), pool.problems, pool.change) == (["a", "b", "other"], (), number)
+        assert pool.samples("other") == [Sample("x")]
+        assert pool.add(other, allow_base_mismatch=True, samples=["y"]).change is AddChange.SAMPLES_UPDATED
+        write_peft_folder(other, base_model="other/copy", seed=5)
+        assert pool.add(other, allow_base_mismatch=True).change is AddChange.REVISED
+        number = pool.change
+    with Pool.open(folder) as pool:
+        assert (pool.samples("other"), pool.change, pool.problems) == ([Sample("y")], number, ())
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_samples_from_a_description_in_place_stay(folder: Path) -> None:
+    with Pool.open(folder) as pool:
+        (folder / "a/samples.jsonl").unlink()
+        pool.refresh()
+        pool.add(folder / "a", description="By hand.")
+        samples = [Sample("Does this.", "model_card"), Sample("By hand.", "description")]
+        assert pool.samples("a") == samples
+        change(folder / "a/adapter_config.json")
+        pool.add(folder / "a")
+        pool.weights("a")
+        change(folder / "a/adapter_config.json")
+        pool.refresh()
+        assert pool.samples("a") == samples
+
+
+def test_a_revision_keeps_the_folder_before_it(folder: Path, tmp_path: Path) -> None:
+    (folder / "a/notes.txt").write_text("mine")
+    with Pool.open(folder) as pool:
+        first = pool.get("a").digest
+        second = pool.add(write_peft_folder(tmp_path / "a", seed=5)).adapter.digest
+        assert pool.weights("a", second).digest == second
+        with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
+            pool.weights("a", first)
+    assert (folder / ".loraretriever/removed/a.1/notes.txt").read_text() == "mine"
+
+
+def test_lost_files_are_repaired(folder: Path, tmp_path: Path) -> None:
+    source = write_peft_folder(tmp_path / "c", seed=2)
+    with Pool.open(folder) as pool:
+        pool.add(source)
+        shutil.rmtree(folder / "c")
+        assert pool.add(source).change is AddChange.REPAIRED
+        pool.weights("c")
+
+
 def test_removing_from_a_plain_folder_keeps_the_files(folder: Path) -> None:
     with Pool.open(folder) as pool:
         pool.remove("a")
@@ -186,7 +359,10 @@ def test_removing_from_a_plain_folder_keeps_the_files(folder: Path) -> None:
         assert names(pool) == []
 
 
-def test_a_replacement_cut_short_is_undone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["open", "add", "remove"])
+def test_a_replacement_cut_short_is_undone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -202,7 +378,16 @@ def test_a_replacement_cut_short_is_undone(folder: Path, tmp_path: Path, monkeyp
         with pytest.raises(Killed):
             pool.add(write_peft_folder(tmp_path / "a", seed=5))
         assert not (folder / "a").exists()
-    monkeypatch.undo()
-    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.undo()
+        monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+        if how == "add":  # by a process that has the pool open
+            assert pool.add(write_peft_folder(tmp_path / "a", seed=5)).change is AddChange.REVISED
+            assert (folder / ".loraretriever/removed/a.1/samples.jsonl").exists()
+            return
+        if how == "remove":
+            pool.remove("a")
+            pool.refresh()
+            assert names(pool) == ["b"]
+            return
     with Pool.open(folder) as pool:
         assert (names(pool), pool.get("a").digest, pool.problems) == (["a", "b"], digest, ())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from loraretriever.errors import AdapterNotFoundError, AdmissionError, InvalidInputError, ModelLoadError, PoolError
 from loraretriever.pool import AddChange, Pool
-from loraretriever.types import Sample
+from loraretriever.types import BaseModelSpec, Sample
 from tiny import LAYERS, TINY_BASE, TINY_SPEC, lora_tensors, write_peft_folder
 
 
@@ -198,13 +199,97 @@ def test_verify_finds_what_is_wrong(pool: Pool, tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_adds_are_no_problem_and_are_swept(pool: Pool, tmp_path: Path) -> None:
     pool.add(write_peft_folder(tmp_path / "a"))
-    (pool.location / "staging" / "dead").mkdir()
-    (pool.location / "staging" / "dead" / "adapter_config.json").touch()
-    (pool.location / "adapters" / "unreferenced").mkdir()
+    (pool.location / "staging" / "unfinished-dead").mkdir()
+    (pool.location / "staging" / "unfinished-dead" / "adapter_config.json").touch()
+    (pool.location / "adapters" / ("0" * 64)).mkdir()
     assert pool.verify() == []
     pool.add(write_peft_folder(tmp_path / "b", seed=1))
     assert list((pool.location / "staging").iterdir()) == []
-    assert "unreferenced" not in contents(pool)
+    assert "0" * 64 not in contents(pool)
+
+
+def test_what_is_not_the_pools_is_never_swept(pool: Pool, tmp_path: Path) -> None:
+    for folder in ("adapters", "staging"):
+        write_peft_folder(pool.location / folder / "sql")
+    assert pool.add(pool.location / "adapters/sql").change is AddChange.ADDED
+    pool.remove("sql")
+    assert (pool.location / "adapters/sql/adapter_model.safetensors").exists()
+    assert (pool.location / "staging/sql/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("folder", ["adapters", "staging"])
+def test_no_pool_is_made_over_folders_it_would_use(tmp_path: Path, folder: str) -> None:
+    write_peft_folder(tmp_path / folder / "sql")
+    with pytest.raises(PoolError, match=f"{folder} holds files already"):
+        Pool.create(tmp_path, TINY_BASE)
+    assert not (tmp_path / "pool.db").exists()
+
+
+def test_lost_or_damaged_files_are_repaired(pool: Pool, tmp_path: Path) -> None:
+    source = write_peft_folder(tmp_path / "a")
+    folder = pool.add(source).adapter.folder
+    shutil.rmtree(folder)
+    assert pool.add(source).change is AddChange.REPAIRED
+    assert pool.verify() == []
+    (folder / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert pool.add(source, name="twin").change is AddChange.ADDED
+    assert pool.verify() == []
+    (folder / "adapter_config.json").unlink()
+    assert pool.add(source).change is AddChange.REPAIRED
+    assert pool.add(source).change is AddChange.UNCHANGED
+    assert pool.verify() == []
+
+
+def test_weights_of_an_earlier_revision(pool: Pool, tmp_path: Path) -> None:
+    first = pool.add(write_peft_folder(tmp_path / "a")).adapter
+    second = pool.add(write_peft_folder(tmp_path / "a", seed=1)).adapter
+    for adapter in (first, second):
+        assert pool.weights("a", adapter.digest).digest == adapter.digest
+    assert pool.weights("a").digest == second.digest
+    shutil.rmtree(first.folder)
+    for digest in (first.digest, "0" * 64, "../a"):
+        with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
+            pool.weights("a", digest)
+    pool.remove("a")
+    with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
+        pool.weights("a", second.digest)
+
+
+@pytest.mark.parametrize("location", ["~nosuch/x", "x" * 300, "a\0b"])
+def test_places_that_cannot_be(pool: Pool, location: str) -> None:
+    with pytest.raises(PoolError, match="cannot"):
+        Pool.open(location)
+    with pytest.raises(PoolError, match="cannot"):
+        Pool.create(location, TINY_BASE)
+    with pytest.raises(InvalidInputError, match="cannot be an adapter's folder|neither a folder nor a hub id"):
+        pool.add(location)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PoolError, match="cannot open the pool at .*Permission denied"):
+        Pool.open(tmp_path)
+    with pytest.raises(PoolError, match="cannot make a pool at .*Permission denied"):
+        Pool.create(tmp_path, TINY_BASE)
+
+
+def test_a_base_model_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models/llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with Pool.create("pool", "models/llama") as pool:
+        assert pool.base_model == str(tmp_path / "models/llama")
+    with Pool.open("pool") as pool:
+        assert pool.base_model == str(tmp_path / "models/llama")
+
+
+def test_descriptions_hold_no_terminal_escapes(pool: Pool, tmp_path: Path) -> None:
+    added = pool.add(
+        write_peft_folder(tmp_path / "a"), description="\x1b[31mred\udcff", tags=["\x1b[0mt"], samples=["x"]
+    ).adapter
+    assert (added.description, added.tags) == ("[31mred", ("[0mt",))
 
 
 def test_the_base_model_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +326,30 @@ def test_shapes_can_be_checked_later(tmp_path: Path) -> None:
         pool.add(write_peft_folder(tmp_path / "a"))
         pool.add(write_peft_folder(tmp_path / "b", tensors=wrong))
         assert pool.verify() == ["the shapes of a, b cannot be checked: cannot load tiny/llama"]
-        assert ["'model.layers.9.self_attn.q_proj'" in problem for problem in pool.check_shapes(TINY_SPEC)] == [True]
+        for _ in range(2):
+            (problem,) = pool.check_shapes(TINY_SPEC)
+            assert problem.startswith("adapter 'b': ")
+            assert "'model.layers.9.self_attn.q_proj'" in problem
+            assert pool.verify() == ["the shapes of b cannot be checked: cannot load tiny/llama"]
+        pool.set_enabled("b", False)
+        assert pool.check_shapes(TINY_SPEC) == []
         assert ["'model.layers.9.self_attn.q_proj'" in problem for problem in pool.verify()] == [True]
+
+
+@pytest.mark.usefixtures("no_base_model")
+def test_shapes_of_another_base_model_are_not_kept(tmp_path: Path) -> None:
+    other = BaseModelSpec("other/model", {name: (out + 1, inner) for name, (out, inner) in TINY_SPEC.linear.items()})
+    alike = BaseModelSpec("alike/model", TINY_SPEC.linear)
+    with Pool.create(tmp_path / "pool", TINY_BASE, check_base=False) as pool:
+        pool.add(write_peft_folder(tmp_path / "a"))
+        assert ["expected (33, 32)" in problem for problem in pool.check_shapes(other)] == [True]
+        assert pool.check_shapes(alike) == []
+        assert pool.verify() == ["the shapes of a cannot be checked: cannot load tiny/llama"], "nothing was stored"
+        assert pool.check_shapes(TINY_SPEC) == []
+        assert pool.verify() == []
+        assert len(pool.check_shapes(other)) == 1, "another model's shapes are compared with all enabled adapters"
+        pool.set_enabled("a", False)
+        assert pool.check_shapes(other) == []
 
 
 def test_creation_refuses_what_is_there(pool: Pool, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ def test_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: Expecting"),
-        ('"text"', "line 2: '\"text\"'; expected a JSON object with one of inputs, text, prompt"),
+        ("{", "s.jsonl:2 is not JSON: Expecting"),
+        ('"text"', "s.jsonl:2 is '\"text\"'; expected a JSON object"),
         ('{"input": "x"}', "expected a JSON object with one of inputs, text, prompt"),
-        ('{"inputs": 3}', "line 2: inputs is 3; expected a string"),
-        ('{"inputs": " "}', "line 2: the sample is ' '"),
-        ('{"inputs": "\\ud800"}', "line 2: the sample is not Unicode"),
-        ('{"inputs": "' + "x" * 20_001 + '"}', "line 2: the sample has 20001 characters"),
+        ('{"inputs": 3}', "s.jsonl:2: inputs is 3; expected a string"),
+        ('{"inputs": " "}', "s.jsonl:2: the sample is ' '"),
+        ('{"inputs": "\\ud800"}', "s.jsonl:2: the sample is not Unicode"),
+        ('{"inputs": "' + "x" * 20_001 + '"}', "s.jsonl:2: the sample has 20001 characters"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -44,7 +45,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="cannot read samples"):
+    with pytest.raises(InvalidInputError, match="cannot read .*none"):
         read_samples(tmp_path / "none.jsonl")
     (tmp_path / "latin1.jsonl").write_bytes(b'{"inputs": "\xfc"}')
     with pytest.raises(InvalidInputError, match="UTF-8"):
@@ -138,3 +139,55 @@ def test_the_last_resort_is_the_name() -> None:
         Sample("A text.", "model_card"),
         Sample("Writes SQL.", "description"),
     ]
+
+
+FRONT = "---\ndescription: {}\nwidget:\n- text: hello\n---\nWrites SQL for you.\n"
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool maybe", "!!int ''", "!!timestamp foo", "!!python/name:os.system x", "&a [*a]"]
+)
+def test_front_matter_with_odd_tags(tmp_path: Path, value: str) -> None:
+    (tmp_path / "README.md").write_text(FRONT.format(value))
+    assert read_card(tmp_path / "README.md").paragraphs == ("Writes SQL for you.",)
+
+
+def test_terminal_escapes_are_taken_out_of_cards(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("Writes \x1b[31mred\x1b[0m \u202etext.\x07\n")
+    assert read_card(tmp_path / "README.md").paragraphs == ("Writes [31mred[0m text.",)
+    (tmp_path / "README.md").write_text(
+        '---\ndescription: "a\\e[2Jb \\ud800"\nwidget:\n- text: "\\e"\n- text: "x\\x9by"\n---\n'
+    )
+    assert read_card(tmp_path / "README.md") == ModelCard(("xy",), ("a[2Jb",))
+
+
+def test_prose_in_any_script_counts(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "# 标题\n\n把自然语言翻译成结构化查询。\n\n---\n\n***\n\n日本語の質問をSQLに変換します\n"
+    )
+    assert read_card(tmp_path / "README.md").paragraphs == (
+        "把自然语言翻译成结构化查询。",
+        "日本語の質問をSQLに変換します",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![" * 500_000,
+        "[" * 500_000 + "](" * 200_000,
+        "[" * 9_000 + "]" + "(" * 9_000,
+        "<" * 900_000,
+        "a b" * 300_000,
+        "aa " * 300_000,
+        "\n \n" * 300_000,
+        "---\n" + "\n--- " * 100_000,
+        "---\n" + "- [a, b, c]\n" * 80_000 + "---\n",
+    ],
+    ids=["pictures", "links", "link", "tags", "words", "pairs", "blanks", "matter", "yaml"],
+)
+def test_hostile_cards_take_no_time(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    begin = time.process_time()
+    read_card(tmp_path / "README.md")
+    assert time.process_time() - begin < 3

@@ -1,0 +1,208 @@
+"""The command line. Every command is thin: it reads arguments, calls the library, prints."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraretriever import __version__, console
+from loraretriever.cli.options import (
+    BaseModelOption,
+    DeviceOption,
+    DtypeOption,
+    EncoderOption,
+    ExcludeOption,
+    InputOption,
+    JsonOption,
+    KOption,
+    OnlyOption,
+    PoolOption,
+    Prompts,
+    StrategyOption,
+    ThresholdOption,
+    WeightingOption,
+)
+from loraretriever.cli.pool import pool_app
+from loraretriever.cli.prompts import AnswerFile, parse_weights, read_prompts
+from loraretriever.errors import InvalidInputError, LoraRetrieverError
+
+app = typer.Typer(
+    help="Retrieve the LoRA adapters that fit each prompt, compose them, answer mixed prompts in one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(pool_app, name="pool")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print_plain(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    k: KOption = None,
+    strategy: StrategyOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one fresh prompt per adapter of the demo pool: routed, composed, beside the base model's answer."""
+    from loraretriever.engine.memory import keep_freed_memory
+    from loraretriever.evaluate.demo import demo_folder, run_demo
+    from loraretriever.evaluate.tasks import read_examples
+    from loraretriever.pipeline import LoraRetriever
+
+    keep_freed_memory()
+    folder = demo_folder()
+    with LoraRetriever.open(folder / "pool", dtype=dtype) as retriever:
+        console.print_problems(retriever.pool.problems)
+        known = {adapter.name for adapter in retriever.pool.list(enabled_only=True)}
+        examples = [example for example in read_examples(folder / "prompts.jsonl") if example.task in known]
+        with console.progress("answering", 2 * len(examples), enabled=not as_json) as advance:
+            report = run_demo(retriever, examples, advance, k, strategy)
+    if as_json:
+        console.print_json(report)
+    else:
+        console.print_demo(report)
+
+
+@app.command()
+def route(
+    pool: PoolOption,
+    prompts: Prompts = None,
+    input_file: InputOption = None,
+    k: KOption = None,
+    threshold: ThresholdOption = None,
+    exclude: ExcludeOption = None,
+    only: OnlyOption = None,
+    encoder: EncoderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which adapters fit each prompt. Loads no base model."""
+    from loraretriever.pipeline import LoraRetriever
+
+    rows = read_prompts(prompts, input_file)
+    with LoraRetriever.open(pool, encoder=encoder) as retriever:
+        console.print_problems(retriever.pool.problems)
+        routes = retriever.route(
+            [row["inputs"] for row in rows], k=k, threshold=threshold, exclude=exclude or (), only=only
+        )
+    for row, found in zip(rows, routes, strict=True):
+        if as_json:
+            hits = [{"adapter": hit.adapter, "score": hit.score} for hit in found.hits]
+            console.print_json({**row, "fallback": found.fallback, "hits": hits})
+        else:
+            fallback = " -> base model" if found.fallback else ""
+            console.print_plain(f"{console.shorten(found.prompt)}\n  {console.describe_hits(found.hits)}{fallback}")
+
+
+@app.command()
+def generate(
+    pool: PoolOption,
+    prompts: Prompts = None,
+    input_file: InputOption = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSONL here instead of printing.")] = None,
+    k: KOption = None,
+    strategy: StrategyOption = None,
+    weighting: WeightingOption = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="Use these instead of retrieval: a=0.7,b=0.3; `base` for none.")
+    ] = None,
+    threshold: ThresholdOption = None,
+    exclude: ExcludeOption = None,
+    only: OnlyOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most probable tokens kept; 0 is off.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string (repeatable).")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    encoder: EncoderOption = None,
+    base_model: BaseModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts in one batch at most.", show_default="32")] = None,
+    slots: Annotated[int | None, typer.Option(help="Adapters in memory at once.", show_default="32")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts, each by the adapters that fit it, in mixed batches."""
+    from loraretriever.engine.memory import keep_freed_memory
+    from loraretriever.pipeline import LoraRetriever
+    from loraretriever.types import Completion, Sampling
+
+    keep_freed_memory()
+    rows = read_prompts(prompts, input_file)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    named = None if adapters is None else parse_weights(adapters)
+    settings = {"encoder": encoder, "base_model": base_model, "device": device, "dtype": dtype}
+    answers: dict[int, dict[str, Any]] = {}
+    completions: dict[int, Completion] = {}
+    with ExitStack() as stack:
+        retriever = stack.enter_context(LoraRetriever.open(pool, **settings, batch_size=batch_size, slots=slots))
+        console.print_problems(retriever.pool.problems)
+        file = stack.enter_context(AnswerFile(output)) if output else None
+        advance = stack.enter_context(console.progress("generating", len(rows)))
+        for position, completion in retriever.stream(
+            [row["inputs"] for row in rows], k=k, strategy=strategy, weighting=weighting, threshold=threshold,
+            exclude=exclude or (), only=only, adapters=named, sampling=sampling, chat=not raw,
+        ):  # fmt: skip
+            answers[position] = console.completion_json(rows[position], completion)
+            if file:
+                file.add(answers[position])
+            completions[position] = completion
+            advance()
+        if file:
+            file.finish(answers[position] for position in range(len(rows)))
+            return
+    for position in range(len(rows)):
+        if as_json:
+            console.print_json(answers[position])
+        else:
+            console.print_completion(completions[position])
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and warnings of libraries are not for this program's users."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0, 1 (failure), 2 (usage)."""
+    _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # arguments may hold bytes that are no text
+    try:
+        app(prog_name="loraretriever")
+    except InvalidInputError as error:
+        console.print_error(str(error))
+        sys.exit(2)
+    except LoraRetrieverError as error:
+        console.print_error(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

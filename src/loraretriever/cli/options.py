@@ -1,0 +1,36 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PoolOption = Annotated[
+    str, typer.Option("--pool", envvar="LORARETRIEVER_POOL", help="The pool's folder.", metavar="DIR", show_envvar=True)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)]
+InputOption = Annotated[
+    Path | None,
+    typer.Option("--input", help="JSONL file, a prompt in `inputs` per line; other fields pass through. `-`: stdin."),
+]
+KOption = Annotated[int | None, typer.Option("--k", help="Adapters per prompt at most.", show_default="3")]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="Hits with a lower score are not used; with none left the base model answers.")
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option(help="Adapter never to be found (repeatable).")]
+OnlyOption = Annotated[list[str] | None, typer.Option(help="The only adapters that may be found (repeatable).")]
+EncoderOption = Annotated[str | None, typer.Option(help="Sentence encoder: a folder or a hub id.")]
+BaseModelOption = Annotated[
+    str | None, typer.Option(help="Base model: a folder or a hub id.", show_default="the pool's")
+]
+StrategyOption = Annotated[
+    str | None, typer.Option(help="selection, mixture, fusion, or a plug-in's.", show_default="mixture")
+]
+WeightingOption = Annotated[str | None, typer.Option(help="uniform or score.", show_default="score")]
+DeviceOption = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).", show_default="auto")
+]
