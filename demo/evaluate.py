@@ -53,7 +53,7 @@ def main(
     pool: Annotated[Path, typer.Option(help="The demo pool.")] = Path("demo/pool"),
     results: Annotated[Path, typer.Option(help="Answers, one JSON object a line.")] = Path("demo/validation.jsonl"),
     readme: Annotated[Path, typer.Option(help="File that gets the table.")] = Path("demo/README.md"),
-    dtype: str = "float32",
+    dtype: str = "auto",
 ) -> None:
     """Answer what has no answer yet, then write the table."""
     keep_freed_memory()

@@ -142,6 +142,8 @@ def print_demo(report: DemoReport) -> None:
         f"retrieval: right adapter first for {report.retrieval_top1:.1%}, among three for {report.retrieval_top3:.1%} "
         f"of {count} prompts"
     )
-    out.print(
-        f"speed: {report.tokens_per_second:.0f} tokens/s composed, {report.base_tokens_per_second:.0f} base model alone"
-    )
+    for name, seconds, speed in (
+        ("composed", report.seconds, report.tokens_per_second),
+        ("base model", report.base_seconds, report.base_tokens_per_second),
+    ):
+        out.print(f"{name}: {count} prompts in {seconds:.1f} s, {speed:.0f} generated tokens/s")
