@@ -40,14 +40,15 @@ def _plain(value: Any) -> Any:
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; tab-separated lines without a header when piped."""
+    """A table on a terminal, its last column cut to fit; tab-separated lines without a header when piped."""
     if not out.is_terminal:
         for row in rows:
             print_plain("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
+    for column in columns[:-1]:
         table.add_column(column, overflow="fold")
+    table.add_column(columns[-1], overflow="ellipsis", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out.print(table)
