@@ -46,11 +46,11 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print_plain("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns[:-1]:
+    for column in columns:
         table.add_column(column, overflow="fold")
-    table.add_column(columns[-1], overflow="ellipsis", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+    used = sum(2 + max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns) - 1))
+    for *cells, last in rows:
+        table.add_row(*map(Text, cells), Text(shorten(last, max(10, out.width - used))))
     out.print(table)
 
 
