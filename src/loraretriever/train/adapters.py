@@ -81,7 +81,6 @@ def train_adapter(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=list(settings.targets),
-        base_model_name_or_path=base.name,
     )
     model = get_peft_model(base.model, config)
     try:
