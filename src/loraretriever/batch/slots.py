@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from loraretriever.errors import InvalidInputError
 
 # Slots are moved to the front when the span to the highest one in use exceeds the slots in use by this factor:
-# below it, moving costs about as much as it saves.
+# a guess, for the cost of moving has not been measured.
 _SLACK = 1.25
 
 
