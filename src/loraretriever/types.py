@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING
 from loraretriever.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt that an adapter is meant for. `source` says where it came from."""
+    """A prompt that an adapter is meant for; a counter sample is one that it must not be chosen for.
+
+    `source` says where it came from.
+    """
 
     text: str
-    source: str = "given"  # "given", "model_card", "description" or "name"
+    source: str = "given"  # "given", "feedback", "model_card", "description" or "name"
+    counter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,38 @@ class Adapter:
     ranks: tuple[int, ...]  # the distinct ranks of its modules, ascending
     targets: tuple[str, ...]  # the distinct last names of its modules, such as "q_proj"
     size: int  # bytes of the weights file
-    samples: int
+    samples: int  # counter samples aside
+    tenant: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolEntry:
+    """What retrieval reads of an enabled adapter. Vectors are None when not all samples are embedded.
+
+    Without counter samples, `counter_vectors` has shape (0, dimension), or is None where `vectors` is.
+    """
+
+    name: str
+    tags: tuple[str, ...]
+    tenant: str | None
+    base_model: str
+    texts: tuple[str, ...]
+    sources: tuple[str, ...]  # of the texts
+    counter_texts: tuple[str, ...]
+    vectors: NDArray[np.float32] | None  # (texts, dimension)
+    counter_vectors: NDArray[np.float32] | None  # (counter texts, dimension)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What a user says of a prompt: the adapter that is right for it, the one that is wrong, or both."""
+
+    id: int
+    prompt: str
+    right: str | None
+    wrong: str | None
+    state: str  # "pending", "approved" or "rejected"
+    created: datetime
 
 
 @dataclass(frozen=True, slots=True)

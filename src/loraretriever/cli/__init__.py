@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from loraretriever import __version__, console
+from loraretriever.cli.feedback import feedback_app
 from loraretriever.cli.options import (
     BaseModelOption,
     DeviceOption,
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pool_app, name="pool")
+app.add_typer(feedback_app, name="feedback")
 
 
 def _print_version(asked: bool) -> None:

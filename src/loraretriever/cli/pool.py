@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 
 from loraretriever import console
-from loraretriever.cli.options import JsonOption, PoolOption
+from loraretriever.cli.options import InputOption, JsonOption, PoolOption
+from loraretriever.cli.prompts import read_prompts
+from loraretriever.errors import InvalidInputError
 
 pool_app = typer.Typer(help="Manage the adapters of a pool.", no_args_is_help=True)
+samples_app = typer.Typer(help="Manage the sample prompts of an adapter.", no_args_is_help=True)
+pool_app.add_typer(samples_app, name="samples")
 
 
 @pool_app.command("init")
@@ -41,6 +45,9 @@ def pool_add(
     sample: Annotated[list[str] | None, typer.Option(help="A sample prompt (repeatable).")] = None,
     description: Annotated[str, typer.Option(help="What the adapter is for.")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="Tag (repeatable).")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whom the adapter belongs to; '': nobody.", show_default="as it is")
+    ] = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Accept an adapter that names another base model.")
     ] = False,
@@ -52,7 +59,7 @@ def pool_add(
     with Pool.open(pool) as opened:
         result = opened.add(
             source, name=name, samples=sample, samples_file=samples, description=description,
-            tags=tag or (), allow_base_mismatch=allow_base_mismatch,
+            tags=tag or (), tenant=tenant, allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
     if as_json:
         console.print_json(result)
@@ -89,13 +96,14 @@ def pool_show(name: str, pool: PoolOption, as_json: JsonOption = False) -> None:
     from loraretriever.pool import Pool
 
     with Pool.open(pool) as opened:
-        adapter, samples = opened.get(name), opened.samples(name)
+        adapter, samples, counter_samples = opened.get(name), opened.samples(name), opened.counter_samples(name)
     if as_json:
-        console.print_json({"adapter": adapter, "samples": samples})
+        console.print_json({"adapter": adapter, "samples": samples, "counter_samples": counter_samples})
         return
     console.print_fields(adapter)
-    for sample in samples:
-        console.print_plain(f"  [{sample.source}] {console.shorten(sample.text)}")
+    for sample in (*samples, *counter_samples):
+        kind = f"not: {sample.source}" if sample.counter else sample.source
+        console.print_plain(f"  [{kind}] {console.shorten(sample.text)}")
 
 
 @pool_app.command("remove")
@@ -120,6 +128,28 @@ def pool_disable(name: str, pool: PoolOption, as_json: JsonOption = False) -> No
     _set_enabled(pool, name, False, as_json)
 
 
+@pool_app.command("encoder")
+def pool_encoder(
+    pool: PoolOption,
+    name: Annotated[str | None, typer.Argument(help="A folder or a hub id.", show_default=False)] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Choose none: the default is used.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show or choose the sentence encoder that the pool is read with."""
+    from loraretriever.pool import Pool
+
+    if clear and name is not None:
+        raise InvalidInputError(f"the encoder {name!r} and --clear are both given; expected one of them.")
+    with Pool.open(pool) as opened:
+        if clear or name is not None:
+            opened.set_encoder(name)
+        encoder = opened.encoder
+    if as_json:
+        console.print_json({"pool": pool, "encoder": encoder})
+    else:
+        console.print_plain(encoder or "none chosen: the default is used")
+
+
 @pool_app.command("verify")
 def pool_verify(pool: PoolOption, as_json: JsonOption = False) -> None:
     """Check every adapter's files, digests and samples. Exits with 1 if something is wrong."""
@@ -136,6 +166,74 @@ def pool_verify(pool: PoolOption, as_json: JsonOption = False) -> None:
         console.print_plain(f"{count} adapters, {len(problems)} problems")
     if problems:
         raise typer.Exit(1)
+
+
+@samples_app.command("list")
+def samples_list(name: str, pool: PoolOption, as_json: JsonOption = False) -> None:
+    """List an adapter's samples, and then its counter samples, with their numbers."""
+    from loraretriever.pool import Pool
+
+    with Pool.open(pool) as opened:
+        samples = [*opened.samples(name), *opened.counter_samples(name)]
+    if as_json:
+        for number, sample in enumerate(samples, 1):
+            console.print_json(
+                {"number": number, "text": sample.text, "source": sample.source, "counter": sample.counter}
+            )
+        return
+    console.print_rows(
+        ("number", "kind", "source", "text"),
+        [
+            (str(number), "counter" if sample.counter else "sample", sample.source, console.shorten(sample.text))
+            for number, sample in enumerate(samples, 1)
+        ],
+    )
+
+
+@samples_app.command("add")
+def samples_add(
+    name: str,
+    pool: PoolOption,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", show_default=False)] = None,
+    input_file: InputOption = None,
+    counter: Annotated[bool, typer.Option("--counter", help="Prompts that it must not be chosen for.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add samples to an adapter. In a plain folder they go to its `samples.jsonl`."""
+    from loraretriever.pool import Pool
+
+    kinds: dict[bool, list[str]] = {}
+    for row in read_prompts(texts, input_file):
+        kinds.setdefault(counter or row.get("counter") is True, []).append(row["inputs"])
+    with Pool.open(pool) as opened:
+        added = [sample for kind, texts in kinds.items() for sample in opened.add_samples(name, texts, counter=kind)]
+    if as_json:
+        console.print_json({"adapter": name, "added": added})
+    else:
+        console.print_plain(f"{name}: {len(added)} samples added")
+
+
+@samples_app.command("remove")
+def samples_remove(
+    name: str,
+    numbers: Annotated[list[int], typer.Argument(metavar="NUMBER", help="As `pool samples list` shows them.")],
+    pool: PoolOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove samples from an adapter."""
+    from loraretriever.pool import Pool
+
+    with Pool.open(pool) as opened:
+        samples = [*opened.samples(name), *opened.counter_samples(name)]
+        for number in numbers:
+            if not 1 <= number <= len(samples):
+                raise InvalidInputError(f"{name!r} has no sample {number}; expected a number from 1 to {len(samples)}.")
+        opened.remove_samples(name, [number - 1 for number in numbers])
+    removed = [samples[number - 1] for number in dict.fromkeys(numbers)]
+    if as_json:
+        console.print_json({"adapter": name, "removed": removed})
+    else:
+        console.print_plain(f"{name}: {len(removed)} samples removed")
 
 
 def _set_enabled(pool: str, name: str, enabled: bool, as_json: bool) -> None:

@@ -6,7 +6,9 @@ place and commit the row. A kill before the commit leaves files that no row name
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,11 +19,20 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import AdmissionError, PoolError
 from loraretriever.pool import plain, records
 from loraretriever.pool.admission import Admission, admit, same_base
+from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import copy_adapter, discard, locked, rename, staging_folder, write_file
 from loraretriever.pool.layout import CONTENT_FOLDER, Layout
 from loraretriever.pool.peft_config import read_config
-from loraretriever.pool.samples import SAMPLES_FILE, derived_samples, read_card, read_samples, write_samples
+from loraretriever.pool.samples import (
+    SAMPLES_FILE,
+    derived_samples,
+    is_given,
+    read_card,
+    read_samples,
+    with_added,
+    write_samples,
+)
 from loraretriever.pool.schema import AdapterRow
 from loraretriever.pool.weights import CARD_FILE, digest_of, find_files, optional_file
 from loraretriever.types import Adapter, BaseModelSpec, Sample
@@ -50,7 +61,7 @@ class AddResult:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter about to be added. `samples` None: take them from its folder."""
+    """An adapter about to be added. `samples` None: take them from its folder. `tenant` None: as it is, "": nobody."""
 
     name: str
     folder: Path
@@ -58,6 +69,7 @@ class Candidate:
     samples: list[Sample] | None
     description: str
     tags: tuple[str, ...]
+    tenant: str | None
     allow_base_mismatch: bool
     max_bytes: int
 
@@ -95,7 +107,7 @@ def add(
                 change = AddChange.REVISED if row else AddChange.ADDED
                 row = _insert(session, layout, row, candidate, staged, base_model)
             if change is not AddChange.UNCHANGED:
-                records.count_change(session)
+                count_change(session, candidate.name)
             session.flush()
             return AddResult(records.to_adapters(session, [row], layout.root)[0], change)
 
@@ -105,10 +117,18 @@ def sweep_content(layout: Layout, database: Database) -> None:
 
     Call it under the lock.
     """
+    found = os.listdir(layout.content) if layout.content.is_dir() else []
     with database.read() as session:
-        used = set(session.scalars(select(AdapterRow.digest)))
-    for folder in layout.content.glob("*"):
-        if folder.name not in used and _DIGEST.fullmatch(folder.name):  # others would not be ours to delete
+        # Not through the session, which is slower: a large pool has ten thousand.
+        used = {digest for (digest,) in session.connection().execute(select(AdapterRow.digest))}
+    discard_content(layout, [name for name in found if name not in used])
+
+
+def discard_content(layout: Layout, digests: Iterable[str]) -> None:
+    """Delete content of these digests, where it is. Call it under the lock."""
+    for digest in digests:
+        folder = layout.content / digest
+        if _DIGEST.fullmatch(digest) and folder.exists():  # others would not be ours to delete
             discard(folder, layout.state)
 
 
@@ -150,7 +170,8 @@ def _insert(
 ) -> AdapterRow:
     # A new revision is for the same prompts, unless others are given.
     old = records.samples_of(session, before) if before else []
-    samples = old if not staged.explicit and any(sample.source == "given" for sample in old) else staged.samples
+    keeps_old = not staged.explicit and any(is_given(sample) and not sample.counter for sample in old)
+    samples = old if keeps_old else _with_counters(old, candidate, staged)
     row = records.insert_revision(
         session,
         candidate.name,
@@ -162,6 +183,7 @@ def _insert(
         source=candidate.source,
         description=candidate.description or (before.description if before else staged.description),
         tags=candidate.tags or (before.tags if before else ()),
+        tenant=_tenant(candidate, before),
     )
     if layout.plain and not staged.in_place and before is None and (layout.root / row.folder).exists():
         raise PoolError(
@@ -174,15 +196,16 @@ def _insert(
 def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candidate, staged: _Staged) -> AddChange:
     """Same name, same bytes: other samples, description or tags, lost files, or nothing new."""
     old = records.samples_of(session, row)
-    derived_anew = bool(candidate.description) and not any(sample.source == "given" for sample in old)
-    samples = staged.samples if staged.explicit or derived_anew else old
-    details = (candidate.description or row.description, list(candidate.tags or row.tags))
+    has_given = any(is_given(sample) and not sample.counter for sample in old)
+    derived_anew = bool(candidate.description) and not has_given
+    samples = _with_counters(old, candidate, staged) if staged.explicit or derived_anew else old
+    details = (candidate.description or row.description, list(candidate.tags or row.tags), _tenant(candidate, row))
     if staged.in_place:
         row.stamp = staged.stamp
     row.checked_shapes = row.checked_shapes or staged.admission.checked_shapes
     change = AddChange.UNCHANGED
-    if details != (row.description, row.tags):
-        row.description, row.tags = details
+    if details != (row.description, row.tags, row.tenant):
+        row.description, row.tags, row.tenant = details
         change = AddChange.DETAILS_UPDATED
     if samples != old:
         records.replace_samples(session, row, samples)
@@ -193,6 +216,22 @@ def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candid
     elif layout.plain and samples != old:
         _write_samples(layout, row, staged, samples)
     return change
+
+
+def _with_counters(old: list[Sample], candidate: Candidate, staged: _Staged) -> list[Sample]:
+    """The candidate's samples, and the counter samples that there were, unless it has some of its own."""
+    new = staged.samples
+    is_the_truth = staged.in_place and candidate.samples is None
+    if is_the_truth or any(sample.counter for sample in new):
+        return new
+    texts = {sample.text for sample in new}
+    return with_added(new, [each for each in old if each.counter and each.text not in texts], candidate.name)
+
+
+def _tenant(candidate: Candidate, before: AdapterRow | None) -> str | None:
+    if candidate.tenant is None:
+        return before.tenant if before else None
+    return candidate.tenant or None
 
 
 def _place(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:

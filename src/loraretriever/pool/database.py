@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import PoolError
 
 DATABASE_FILE = "pool.db"
-HEAD_REVISION = "0001"  # the last one in migrations/versions; known here so that opening need not import Alembic
+HEAD_REVISION = "0002"  # the last one in migrations/versions; known here so that opening need not import Alembic
 _BUSY_SECONDS = 60.0
 
 

@@ -2,92 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, delete, func, literal_column, select
+from sqlalchemy import ColumnElement, Row, Select, delete, insert, select
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import InvalidInputError
-from loraretriever.pool.schema import AdapterRow, EmbeddingRow, SampleRow
-from loraretriever.types import Sample
+from loraretriever.pool.records import batches
+from loraretriever.pool.schema import AdapterRow, EmbeddingRow, EncoderRow, PoolRow, SampleRow
+from loraretriever.types import PoolEntry, Sample
 
 Vectors = npt.NDArray[np.float32]
 SampleIds = tuple[int, ...]
 _STORED = np.dtype("<f4")
 MAX_ENCODERS = 4  # whose vectors are kept at once
+_ENABLED = AdapterRow.current & AdapterRow.enabled
 
 
-def load(session: Session, encoder: str) -> dict[str, Vectors]:
-    """For each enabled adapter that is wholly embedded: its samples' vectors, shape (samples, dimension)."""
-    whole: dict[str, Vectors] = {}
-    for name, samples in _enabled_samples(session, encoder).items():
-        blobs = [vector for _, vector in samples if vector is not None]
-        if len(blobs) == len(samples):
-            whole[name] = np.stack([np.frombuffer(blob, _STORED) for blob in blobs]).astype(np.float32)
-    return whole
+def load_entries(
+    session: Session, encoder: str, names: Collection[str] | None = None
+) -> tuple[int, dict[str, PoolEntry]]:
+    """The change number, and by name what retrieval reads of the enabled adapters, or of those of these names."""
+    change = session.scalars(select(PoolRow.change)).one()
+    columns = select(AdapterRow.id, AdapterRow.name, AdapterRow.tags, AdapterRow.tenant, AdapterRow.base_model)
+    adapters = sorted(_select(session, columns, _ENABLED, names), key=lambda row: row.name)
+    join = (EmbeddingRow.sample_id == SampleRow.id) & (EmbeddingRow.encoder == encoder)
+    texts = (
+        select(AdapterRow.id, SampleRow.text, SampleRow.source, SampleRow.counter, EmbeddingRow.vector)
+        .join(SampleRow, SampleRow.adapter_id == AdapterRow.id)
+        .outerjoin(EmbeddingRow, join)
+        .order_by(AdapterRow.id, SampleRow.position)
+    )
+    samples = groupby(_select(session, texts, _ENABLED, names), key=itemgetter(0))
+    parts = {number: _entry_parts(rows) for number, rows in samples}
+    empty = _entry_parts(())
+    return change, {
+        row.name: PoolEntry(row.name, tuple(row.tags), row.tenant, row.base_model, *parts.get(row.id, empty))
+        for row in adapters
+    }
 
 
-def missing(session: Session, encoder: str) -> dict[str, tuple[SampleIds, list[Sample]]]:
-    """For each enabled adapter that is not wholly embedded: the ids of its samples, and the samples."""
+def missing(
+    session: Session, encoder: str, names: Collection[str] | None = None
+) -> dict[str, tuple[SampleIds, list[Sample]]]:
+    """By enabled adapter: the ids of its samples that this encoder has not embedded, and those samples."""
+    has_vector = select(EmbeddingRow.sample_id).where(
+        EmbeddingRow.sample_id == SampleRow.id, EmbeddingRow.encoder == encoder
+    )
+    columns = select(
+        AdapterRow.name, SampleRow.position, SampleRow.id, SampleRow.text, SampleRow.source, SampleRow.counter
+    ).join(SampleRow, SampleRow.adapter_id == AdapterRow.id)
+    rows = list(_select(session, columns, _ENABLED & ~has_vector.exists(), names))
+    rows.sort(key=lambda row: (row.name, row.counter, row.position))
+    found = {name: list(group) for name, group in groupby(rows, key=lambda row: row.name)}
     return {
-        name: (tuple(row.id for row, _ in samples), [Sample(row.text, row.source) for row, _ in samples])
-        for name, samples in _enabled_samples(session, encoder).items()
-        if any(vector is None for _, vector in samples)
+        name: (tuple(row.id for row in group), [Sample(row.text, row.source, row.counter) for row in group])
+        for name, group in found.items()
     }
 
 
 def store(session: Session, encoder: str, vectors: Mapping[str, Vectors], asked: Mapping[str, SampleIds]) -> None:
-    """Store vectors of whole adapters. Of encoders, those that stored last are kept.
+    """Store vectors of the samples of `asked`, or of all samples of an adapter that is not in it.
 
-    An adapter whose samples are no longer those of `asked` is passed over, as is one that is gone.
+    Samples that are gone are passed over, as are adapters. Of encoders, those that stored last are kept.
     """
-    for name, rows in vectors.items():
-        _check_vectors(name, rows)
-        ids = _sample_ids(session, name)
-        if name in asked and asked[name] != ids or not ids:
-            continue
-        if len(rows) != len(ids):
-            raise InvalidInputError(f"{len(rows)} vectors for adapter {name!r}; expected one per sample: {len(ids)}.")
-        session.execute(delete(EmbeddingRow).where(EmbeddingRow.sample_id.in_(ids), EmbeddingRow.encoder == encoder))
-        session.add_all(
-            EmbeddingRow(sample_id=sample, encoder=encoder, vector=vector.astype(_STORED).tobytes())
-            for sample, vector in zip(ids, rows, strict=True)
-        )
-    session.flush()
-    _drop_old_encoders(session)
+    is_stored = False
+    for names in batches(vectors):
+        ids = _sample_ids(session, names)
+        rows: dict[int, bytes] = {}
+        for name in names:
+            _check_vectors(name, vectors[name])
+            meant = asked.get(name, ids.get(name, ()))
+            there = set(ids.get(name, ()))
+            if len(vectors[name]) != len(meant) and there:
+                raise InvalidInputError(
+                    f"{len(vectors[name])} vectors for adapter {name!r}; expected one per sample: {len(meant)}."
+                )
+            pairs = zip(meant, vectors[name], strict=False)
+            rows |= {sample: vector.astype(_STORED).tobytes() for sample, vector in pairs if sample in there}
+        for batch in batches(rows):
+            is_own = (EmbeddingRow.encoder == encoder) & EmbeddingRow.sample_id.in_(batch)
+            session.execute(delete(EmbeddingRow).where(is_own))
+        if rows:
+            values = [{"sample_id": sample, "encoder": encoder, "vector": vector} for sample, vector in rows.items()]
+            session.execute(insert(EmbeddingRow), values)
+            is_stored = True
+    if is_stored:
+        _keep_encoder(session, encoder)
 
 
-def _drop_old_encoders(session: Session) -> None:
-    # SQLite numbers the rows in the order they were inserted.
-    last: ColumnElement[int] = func.max(literal_column("embeddings.rowid"))
-    tags = session.scalars(select(EmbeddingRow.encoder).group_by(EmbeddingRow.encoder).order_by(last.desc())).all()
-    session.execute(delete(EmbeddingRow).where(EmbeddingRow.encoder.in_(tags[MAX_ENCODERS:])))
+def _keep_encoder(session: Session, encoder: str) -> None:
+    """Note that an encoder stored last; drop the vectors of those that did so too long ago."""
+    rows = list(session.scalars(select(EncoderRow).order_by(EncoderRow.stored.desc())))
+    if rows and rows[0].tag == encoder:
+        return
+    own = next((row for row in rows if row.tag == encoder), None)
+    stored = rows[0].stored + 1 if rows else 1
+    if own:
+        own.stored = stored
+        return
+    session.add(EncoderRow(tag=encoder, stored=stored))
+    for row in rows[MAX_ENCODERS - 1 :]:
+        session.execute(delete(EmbeddingRow).where(EmbeddingRow.encoder == row.tag))
+        session.delete(row)
 
 
-def _enabled_samples(session: Session, encoder: str) -> dict[str, list[tuple[SampleRow, bytes | None]]]:
-    rows = session.execute(
-        select(AdapterRow.name, SampleRow, EmbeddingRow.vector)
+def _select(
+    session: Session, columns: Select[*tuple[Any, ...]], condition: ColumnElement[bool], names: Collection[str] | None
+) -> Iterator[Row[Any]]:
+    """The rows of all adapters, or of those of these names: names come in batches, each found by an index."""
+    # Not through the session, which would make this twice as slow. Rows come in portions: they may be a gigabyte.
+    connection = session.connection()
+    query = columns.where(condition).execution_options(yield_per=1000)
+    if names is None:
+        yield from connection.execute(query)
+    else:
+        for batch in batches(sorted(set(names))):
+            yield from connection.execute(query.where(AdapterRow.name.in_(batch)))
+
+
+def _entry_parts(rows: Iterable[Any]) -> tuple[Any, ...]:
+    """Texts, sources, counter texts, vectors and counter vectors, from the rows of one adapter's samples."""
+    texts: list[str] = []
+    sources: list[str] = []
+    blobs: list[bytes | None] = []
+    counter_texts: list[str] = []
+    counter_blobs: list[bytes | None] = []
+    for _, text, source, is_counter, blob in rows:
+        if is_counter:
+            counter_texts.append(text)
+            counter_blobs.append(blob)
+        else:
+            texts.append(text)
+            sources.append(source)
+            blobs.append(blob)
+    vectors, counter_vectors = _stack(blobs), _stack(counter_blobs)
+    if not counter_texts and vectors is not None:
+        counter_vectors = np.empty((0, vectors.shape[1]), np.float32)
+    return tuple(texts), tuple(sources), tuple(counter_texts), vectors, counter_vectors
+
+
+def _stack(blobs: list[bytes | None]) -> Vectors | None:
+    """Shape (blobs, dimension), one blob a row; None when one is missing, or there is none."""
+    found = [blob for blob in blobs if blob is not None]
+    if not found or len(found) < len(blobs):
+        return None
+    numbers = np.frombuffer(bytearray().join(found), _STORED)  # a bytearray's array can be written to
+    return numbers.reshape(len(found), -1).astype(np.float32, copy=False)
+
+
+def _sample_ids(session: Session, names: Collection[str]) -> dict[str, SampleIds]:
+    query = (
+        select(AdapterRow.name, SampleRow.id)
         .join(SampleRow, SampleRow.adapter_id == AdapterRow.id)
-        .outerjoin(EmbeddingRow, (EmbeddingRow.sample_id == SampleRow.id) & (EmbeddingRow.encoder == encoder))
-        .where(AdapterRow.current, AdapterRow.enabled)
-        .order_by(AdapterRow.name, SampleRow.position)
+        .where(AdapterRow.current, AdapterRow.name.in_(names))
+        .order_by(AdapterRow.name, SampleRow.counter, SampleRow.position)
     )
-    groups = groupby(rows, lambda row: row[0])
-    return {name: [(sample, vector) for _, sample, vector in group] for name, group in groups}
-
-
-def _sample_ids(session: Session, name: str) -> SampleIds:
-    return tuple(
-        session.scalars(
-            select(SampleRow.id)
-            .join(AdapterRow, SampleRow.adapter_id == AdapterRow.id)
-            .where(AdapterRow.name == name, AdapterRow.current)
-            .order_by(SampleRow.position)
-        )
-    )
+    groups = groupby(session.execute(query), key=lambda row: row.name)
+    return {name: tuple(row.id for row in group) for name, group in groups}
 
 
 def _check_vectors(name: str, rows: Vectors) -> None:

@@ -19,6 +19,7 @@ from loraretriever.pool.weights import WEIGHTS_FILE
 
 STATE_FOLDER = ".loraretriever"
 CONTENT_FOLDER = "adapters"
+MAX_TENANT = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -151,6 +152,38 @@ def check_name(name: str) -> str:
             "first one a letter or digit, and no '..'. Give another name."
         )
     return name
+
+
+def check_tenant(tenant: str | None, layout: Layout) -> str | None:
+    """The name of a tenant, when an adapter of this pool may belong to it.
+
+    Raises:
+        InvalidInputError: it may not.
+    """
+    if tenant and layout.plain:
+        raise InvalidInputError(
+            f"tenant is {tenant!r:.200}, but {layout.root} is a plain folder, whose adapters belong to no tenant. Make "
+            "a pool for them with: loraretriever pool init"
+        )
+    if tenant and (len(tenant) > MAX_TENANT or not tenant.isprintable() or tenant != tenant.strip()):
+        raise InvalidInputError(
+            f"tenant is {tenant!r:.200}; expected at most {MAX_TENANT} printable characters, no space at an end."
+        )
+    return tenant
+
+
+def absolute_model(name: str, what: str) -> str:
+    """A model's name: of a folder the absolute path, so that it is found from anywhere.
+
+    Raises:
+        InvalidInputError: it is empty, or no text.
+    """
+    if not name.strip():
+        raise InvalidInputError(f"the {what}'s name is empty; expected a hub id or a folder.")
+    if not name.isprintable():
+        raise InvalidInputError(f"the {what}'s name is {name!r:.200}; expected printable characters.")
+    folder = os.path.expanduser(name)
+    return os.path.realpath(folder) if os.path.isdir(folder) else name
 
 
 def is_writable(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import AdmissionError, InvalidInputError, LoraRetrieverError, PoolError
 from loraretriever.pool import records
 from loraretriever.pool.admission import Admission, admit
+from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import locked, rename, write_file
 from loraretriever.pool.layout import Layout, adapter_folders, check_name
@@ -93,10 +94,10 @@ def refresh(layout: Layout, database: Database) -> list[str]:
                 records.create_pool_row(session, base_model, check_base=False)
             for each in found:
                 _register(session, each, base_model)
-                records.count_change(session)
+                count_change(session, each.folder.name)
             for name in rows.keys() - folders.keys() | problems.keys() & rows.keys():
                 records.delete_adapter(session, name)
-                records.count_change(session)
+                count_change(session, name)
     return list(problems.values())
 
 

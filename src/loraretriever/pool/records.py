@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
+from loraretriever.errors import AdapterNotFoundError
 from loraretriever.pool.admission import Admission
 from loraretriever.pool.schema import AdapterRow, PoolRow, SampleRow
 from loraretriever.types import Adapter, BaseModelSpec, Sample
+
+T = TypeVar("T")
+_BATCH = 500  # names or ids in one query
+
+
+def batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
+    """The items in lists that fit into a query."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def pool_row(session: Session) -> PoolRow | None:
@@ -39,14 +54,24 @@ def stored_spec(row: PoolRow) -> BaseModelSpec | None:
     return BaseModelSpec(row.base_model, {module: (shape[0], shape[1]) for module, shape in row.spec.items()})
 
 
-def count_change(session: Session) -> None:
-    """Tell readers, in all processes, that the pool is another one when this session commits."""
-    session.execute(update(PoolRow).values(change=PoolRow.change + 1))
-
-
 def current_row(session: Session, name: str) -> AdapterRow | None:
     """The current revision of an adapter."""
     return session.scalar(select(AdapterRow).where(AdapterRow.name == name, AdapterRow.current))
+
+
+def find_row(session: Session, name: str) -> AdapterRow:
+    """The current revision of an adapter that must be there.
+
+    Raises:
+        AdapterNotFoundError: there is none of that name; the message gives names like it.
+    """
+    row = current_row(session, name)
+    if row is None:
+        names = session.scalars(select(AdapterRow.name).where(AdapterRow.current)).all()
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the pool has {len(names)} adapters."
+        raise AdapterNotFoundError(f"no adapter {name!r} in the pool: {hint} See all with: loraretriever pool list")
+    return row
 
 
 def revision_row(session: Session, name: str, digest: str) -> AdapterRow | None:
@@ -72,6 +97,7 @@ def insert_revision(
     source: str,
     description: str,
     tags: Sequence[str],
+    tenant: str | None = None,
     stamp: dict[str, list[int]] | None = None,
 ) -> AdapterRow:
     """Make a new current revision. It stays enabled or disabled as the one before it was."""
@@ -97,6 +123,7 @@ def insert_revision(
         targets=list(admission.targets),
         size=admission.size,
         stamp=stamp,
+        tenant=tenant,
     )
     session.add(row)
     session.flush()
@@ -104,33 +131,63 @@ def insert_revision(
     return row
 
 
-def delete_adapter(session: Session, name: str) -> None:
-    """Delete all revisions of an adapter, with their samples and embeddings."""
+def delete_adapter(session: Session, name: str) -> set[str]:
+    """Delete all revisions of an adapter, with samples and embeddings; returns the digests that no row names now."""
+    digests = set(session.scalars(select(AdapterRow.digest).where(AdapterRow.name == name)))
     session.execute(delete(AdapterRow).where(AdapterRow.name == name))
+    for batch in batches(set(digests)):
+        digests -= set(session.scalars(select(AdapterRow.digest).where(AdapterRow.digest.in_(batch))))
+    return digests
 
 
 def samples_of(session: Session, row: AdapterRow) -> list[Sample]:
-    """A revision's samples, in order."""
-    rows = session.scalars(select(SampleRow).where(SampleRow.adapter_id == row.id).order_by(SampleRow.position))
-    return [Sample(sample.text, sample.source) for sample in rows]
+    """A revision's samples, in order, and after them its counter samples."""
+    query = select(SampleRow.text, SampleRow.source, SampleRow.counter).where(SampleRow.adapter_id == row.id)
+    found = session.execute(query.order_by(SampleRow.counter, SampleRow.position))
+    return [Sample(text, source, counter) for text, source, counter in found]
+
+
+def names_without_samples(session: Session) -> Sequence[str]:
+    """The adapters that have no samples, counter samples aside."""
+    has_samples = select(SampleRow.id).where(SampleRow.adapter_id == AdapterRow.id, ~SampleRow.counter).exists()
+    return session.scalars(
+        select(AdapterRow.name).where(AdapterRow.current, ~has_samples).order_by(AdapterRow.name)
+    ).all()
 
 
 def replace_samples(session: Session, row: AdapterRow, samples: Sequence[Sample]) -> None:
-    """Give a revision other samples; the embeddings of the old ones go with them."""
-    session.execute(delete(SampleRow).where(SampleRow.adapter_id == row.id))
-    session.add_all(
-        SampleRow(adapter_id=row.id, position=position, text=sample.text, source=sample.source)
-        for position, sample in enumerate(samples)
-    )
-    session.flush()
+    """Give a revision other samples. What is among the old ones and the new keeps its embeddings."""
+    query = select(SampleRow.id, SampleRow.position, SampleRow.text, SampleRow.counter, SampleRow.source)
+    old = session.execute(query.where(SampleRow.adapter_id == row.id)).all()
+    found = {(each.text, each.counter): each for each in old}
+    kept = [found.get((sample.text, sample.counter)) for sample in samples]
+    for ids in batches({each.id for each in old} - {each.id for each in kept if each}):
+        session.execute(delete(SampleRow).where(SampleRow.id.in_(ids)))
+    free = max((each.position for each in old), default=-1) + 1
+    positions = [each.position if each else free + place for place, each in enumerate(kept)]
+    order = [(sample.counter, position) for sample, position in zip(samples, positions, strict=True)]
+    if sorted(order) != order:  # all get new ones: two samples cannot share one, not even for a moment
+        positions = [free + place for place in range(len(samples))]
+    updates, inserts = [], []
+    for sample, each, position in zip(samples, kept, positions, strict=True):
+        values = {"adapter_id": row.id, "position": position, "source": sample.source}
+        if each is None:
+            inserts.append({**values, "text": sample.text, "counter": sample.counter})
+        elif (each.position, each.source) != (position, sample.source):
+            updates.append({**values, "id": each.id})
+    if updates:
+        session.execute(update(SampleRow), updates)
+    if inserts:
+        session.execute(insert(SampleRow), inserts)
 
 
 def to_adapters(session: Session, rows: Sequence[AdapterRow], root: Path) -> list[Adapter]:
     """Rows as what travels outside of this package."""
-    query = select(SampleRow.adapter_id, func.count()).group_by(SampleRow.adapter_id)
-    if len(rows) < 100:  # a list of thousands would not fit into a query
-        query = query.where(SampleRow.adapter_id.in_([row.id for row in rows]))
-    counts = {adapter: count for adapter, count in session.execute(query)}
+    query = select(SampleRow.adapter_id, func.count()).where(~SampleRow.counter).group_by(SampleRow.adapter_id)
+    counts: Counter[int] = Counter()
+    for ids in batches(row.id for row in rows):
+        for adapter, count in session.execute(query.where(SampleRow.adapter_id.in_(ids))):
+            counts[adapter] = count
     return [
         Adapter(
             name=row.name,
@@ -146,7 +203,8 @@ def to_adapters(session: Session, rows: Sequence[AdapterRow], root: Path) -> lis
             ranks=tuple(row.ranks),
             targets=tuple(row.targets),
             size=row.size,
-            samples=counts.get(row.id, 0),
+            samples=counts[row.id],
+            tenant=row.tenant,
         )
         for row in rows
     ]

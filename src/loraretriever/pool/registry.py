@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
-
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelLoadError, PoolError
-from loraretriever.pool import adding, embeddings, plain, records, verify
+from loraretriever.pool import adding, plain, records, verify
 from loraretriever.pool.adding import AddResult, Candidate
+from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
-from loraretriever.pool.embeddings import SampleIds, Vectors
 from loraretriever.pool.files import file_errors, locked
 from loraretriever.pool.hub import locate
-from loraretriever.pool.layout import Layout, check_name, created_layout, find_layout
+from loraretriever.pool.layout import absolute_model, check_name, check_tenant, created_layout, find_layout
+from loraretriever.pool.prompts import PromptMethods
 from loraretriever.pool.samples import given_samples, printable, read_samples
-from loraretriever.pool.schema import AdapterRow, PoolRow
 from loraretriever.pool.weights import DEFAULT_MAX_BYTES, WEIGHTS_FILE, load_weights
-from loraretriever.types import Adapter, AdapterWeights, BaseModelSpec, Sample
+from loraretriever.types import Adapter, AdapterWeights, BaseModelSpec
 
-Samples = list[Sample]  # inside the class, `list` is its method
-Problems = list[str]
+Problems = list[str]  # inside the class, `list` is its method
 
 
-class Pool:
+class Pool(PromptMethods):
     """The adapters of one base model. Threads may share a pool; processes each open it.
 
     `base_model` is the name of the base model. `problems` tells, for a plain folder, which of its folders were left
     out, and why.
     """
-
-    def __init__(self, layout: Layout, database: Database, base_model: str = "") -> None:
-        """Use `create` or `open`."""
-        self._layout = layout
-        self._database = database
-        self._asked = threading.local()  # what `missing_embeddings` told this thread
-        self.problems: tuple[str, ...] = ()
-        self.base_model = base_model
 
     @classmethod
     def create(
@@ -62,10 +46,7 @@ class Pool:
         Raises:
             PoolError: there is a pool already, or the folder cannot be written.
         """
-        if not base_model.strip():
-            raise InvalidInputError("the base model's name is empty; expected a hub id or a folder.")
-        if os.path.isdir(os.path.expanduser(base_model)):
-            base_model = os.path.realpath(os.path.expanduser(base_model))
+        base_model = absolute_model(base_model, "base model")
         with file_errors(f"make a pool at {location}"):
             layout = created_layout(location)
             layout.prepare()
@@ -105,17 +86,6 @@ class Pool:
         with self._database.read() as session:
             self.base_model = self._row(session).base_model
 
-    @property
-    def location(self) -> Path:
-        """The pool's folder."""
-        return self._layout.root
-
-    @property
-    def change(self) -> int:
-        """A number that grows with each committed change to adapters or samples, by any process."""
-        with self._database.read() as session:
-            return session.scalars(select(PoolRow.change)).one()
-
     def add(
         self,
         source: str | Path,
@@ -125,6 +95,7 @@ class Pool:
         samples_file: str | Path | None = None,
         description: str = "",
         tags: Iterable[str] = (),
+        tenant: str | None = None,
         revision: str | None = None,
         allow_base_mismatch: bool = False,
         max_bytes: int = DEFAULT_MAX_BYTES,
@@ -140,6 +111,7 @@ class Pool:
             samples_file: a JSONL file with samples: objects with `inputs`, `text` or `prompt`.
             description: what it does, in a sentence.
             tags: words to group adapters by.
+            tenant: whom it belongs to. None: as before; the empty string: nobody. A plain folder has no tenants.
             revision: a branch, tag or commit on the hub.
             allow_base_mismatch: accept an adapter that names another base model.
             max_bytes: the largest weights file to accept.
@@ -167,6 +139,7 @@ class Pool:
             samples=given,
             description=printable(description).strip(),
             tags=tuple(dict.fromkeys(map(printable, tags))),
+            tenant=check_tenant(tenant, self._layout),
             allow_base_mismatch=allow_base_mismatch,
             max_bytes=max_bytes,
         )
@@ -178,21 +151,21 @@ class Pool:
         self._check_takes_adapters()
         with file_errors(f"remove {name!r}"), locked(self._layout.state):
             with self._database.write() as session:
-                self._find(session, name)
+                records.find_row(session, name)
                 if self._layout.plain:
                     plain.take_out(self._layout, name)
-                records.delete_adapter(session, name)
-                records.count_change(session)
+                unused = records.delete_adapter(session, name)
+                count_change(session, name)
             if not self._layout.plain:
-                adding.sweep_content(self._layout, self._database)
+                adding.discard_content(self._layout, unused)
 
     def set_enabled(self, name: str, enabled: bool) -> None:
         """Let an adapter be retrieved, or not."""
         with self._database.write() as session:
-            row = self._find(session, name)
+            row = records.find_row(session, name)
             if row.enabled != enabled:
                 row.enabled = enabled
-                records.count_change(session)
+                count_change(session, name)
 
     def list(self, enabled_only: bool = False) -> list[Adapter]:
         """All adapters, by name."""
@@ -207,12 +180,7 @@ class Pool:
             AdapterNotFoundError: there is none of that name; the message gives names like it.
         """
         with self._database.read() as session:
-            return records.to_adapters(session, [self._find(session, name)], self._layout.root)[0]
-
-    def samples(self, name: str) -> Samples:
-        """An adapter's samples, in order."""
-        with self._database.read() as session:
-            return records.samples_of(session, self._find(session, name))
+            return records.to_adapters(session, [records.find_row(session, name)], self._layout.root)[0]
 
     def weights(self, name: str, digest: str | None = None) -> AdapterWeights:
         """An adapter's weights: CPU tensors mapped from its file, in the dtype they are stored in.
@@ -226,7 +194,7 @@ class Pool:
             PoolError: the files cannot be read.
         """
         with self._database.read() as session:
-            row = self._find(session, name) if digest is None else records.revision_row(session, name, digest)
+            row = records.find_row(session, name) if digest is None else records.revision_row(session, name, digest)
             session.expunge_all()
         gone = AdapterNotFoundError(
             f"adapter {name!r} was revised or removed meanwhile: its content {digest} is no longer in the pool. "
@@ -266,61 +234,6 @@ class Pool:
         well is remembered. With another one, all are, and nothing is stored.
         """
         return verify.check_shapes(self._layout, self._database, spec)
-
-    def embeddings(self, encoder_tag: str) -> dict[str, Vectors]:
-        """For each enabled adapter that is wholly embedded: its samples' vectors, shape (samples, dimension)."""
-        with self._database.read() as session:
-            return embeddings.load(session, encoder_tag)
-
-    def missing_embeddings(self, encoder_tag: str) -> dict[str, Samples]:
-        """For each enabled adapter that is not wholly embedded by this encoder: its samples."""
-        with self._database.read() as session:
-            found = embeddings.missing(session, encoder_tag)
-        self._asked.ids = {name: ids for name, (ids, _) in found.items()}
-        return {name: samples for name, (_, samples) in found.items()}
-
-    def store_embeddings(self, encoder_tag: str, vectors: Mapping[str, Vectors]) -> None:
-        """Store vectors for what `missing_embeddings` gave this thread, one per sample, in order.
-
-        Adapters whose samples have changed since then are passed over. Vectors of a few encoders are kept.
-        """
-        asked: dict[str, SampleIds] = getattr(self._asked, "ids", {})
-        with self._database.write() as session:
-            embeddings.store(session, encoder_tag, vectors, asked)
-
-    def close(self) -> None:
-        """Close the connections to the database."""
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _check_takes_adapters(self) -> None:
-        if not self._layout.takes_adapters:
-            raise PoolError(f"the folder {self._layout.root} is read-only. Copy the pool to a folder of your own.")
-
-    def _row(self, session: Session) -> PoolRow:
-        row = records.pool_row(session)
-        if row is None:
-            raise PoolError(
-                f"the pool at {self._layout.root} was never finished. Make it with: "
-                f"loraretriever pool init --pool {self._layout.root}"
-            )
-        return row
-
-    def _find(self, session: Session, name: str) -> AdapterRow:
-        row = records.current_row(session, name)
-        if row is None:
-            names = [each.name for each in records.current_rows(session)]
-            close = difflib.get_close_matches(name, names, n=3)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the pool has {len(names)} adapters."
-            raise AdapterNotFoundError(f"no adapter {name!r} in the pool: {hint} See all with: loraretriever pool list")
-        return row
 
     def _spec(self) -> BaseModelSpec | None:
         """The base model's modules; None where they cannot be had and the pool does without."""

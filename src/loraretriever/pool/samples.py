@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from loraretriever.errors import InvalidInputError
-from loraretriever.jsonl import read_jsonl
+from loraretriever.jsonl import parse_jsonl
 from loraretriever.types import Sample
 
 SAMPLES_FILE = "samples.jsonl"
@@ -21,7 +21,8 @@ MAX_SAMPLES = 1000
 MAX_CHARACTERS = 20_000
 MAX_FILE_BYTES = 64 << 20
 _FIELDS = ("inputs", "text", "prompt")
-_SOURCES = ("given", "model_card", "description", "name")
+_GIVEN_SOURCES = ("given", "feedback")
+_SOURCES = (*_GIVEN_SOURCES, "model_card", "description", "name")
 _CARD_PARAGRAPHS = 3  # the first ones tell what an adapter is for; later ones are about its training
 _CARD_CHARACTERS = 500
 _CARD_TEXT = 20_000  # characters of a card, after its front matter, that are looked at
@@ -55,15 +56,60 @@ def read_samples(file: Path) -> list[Sample]:
     Raises:
         InvalidInputError: the file cannot be read, or a line cannot be used; the message gives its number.
     """
-    samples = [_sample_of(row, f"{file}:{number}") for number, row in read_jsonl(file, MAX_FILE_BYTES)]
-    return _checked(samples, str(file))
+    return _checked([sample for _, sample in _read_lines(file)], str(file))
 
 
 def write_samples(samples: Sequence[Sample]) -> str:
     """The text of a JSONL file from which `read_samples` reads the same samples."""
-    return "".join(
-        json.dumps({"inputs": sample.text, "source": sample.source}, ensure_ascii=False) + "\n" for sample in samples
-    )
+    return "".join(_line_of(sample) + "\n" for sample in samples)
+
+
+def rewrite_samples(file: Path, samples: Sequence[Sample]) -> str:
+    """The text of a samples file after its samples were changed to these: lines of those that stay, stay as they are.
+
+    Raises:
+        InvalidInputError: the file cannot be read.
+    """
+    wanted = {(sample.text, sample.counter) for sample in samples}
+    lines = [(line, (sample.text, sample.counter)) for line, sample in _read_lines(file)]
+    kept = [line for line, key in lines if key in wanted]
+    there = {key for _, key in lines}
+    new = [_line_of(sample) for sample in samples if (sample.text, sample.counter) not in there]
+    return "".join(line + "\n" for line in kept + new)
+
+
+def is_given(sample: Sample) -> bool:
+    """Whether a user gave the sample; others are derived from what came with the adapter."""
+    return sample.source in _GIVEN_SOURCES
+
+
+def with_added(old: Sequence[Sample], new: Sequence[Sample], name: str) -> list[Sample]:
+    """An adapter's samples with more of them; what it has already counts once.
+
+    Raises:
+        InvalidInputError: one cannot be used, or is a sample and a counter sample at once, or there are too many.
+    """
+    return _checked([*old, *new], f"adapter {name!r}")
+
+
+def new_samples(texts: Iterable[str], counter: bool, source: str) -> list[Sample]:
+    """Samples, or counter samples, from strings; repeated ones count once.
+
+    Raises:
+        InvalidInputError: there is none, there are too many, one cannot be used, or the source is unknown.
+    """
+    if source not in _SOURCES:
+        raise InvalidInputError(f"source is {source!r}; expected one of {', '.join(_SOURCES)}.")
+    return [Sample(sample.text, source, counter) for sample in given_samples(texts)]
+
+
+def check_prompt(prompt: object) -> str:
+    """A prompt that could be a sample.
+
+    Raises:
+        InvalidInputError: it is empty, too long or not text.
+    """
+    return _check_text(prompt, "prompt")
 
 
 def derived_samples(name: str, card: ModelCard, description: str) -> list[Sample]:
@@ -98,14 +144,35 @@ def _sample_of(row: dict[str, Any], where: str) -> Sample:
     names = [name for name in _FIELDS if name in row]
     if not names:
         raise InvalidInputError(f"{where}: {row!r:.80}; expected a JSON object with one of {', '.join(_FIELDS)}.")
-    text, source = row[names[0]], row.get("source")
+    text, source, counter = row[names[0]], row.get("source"), row.get("counter", False)
     if not isinstance(text, str):
         raise InvalidInputError(f"{where}: {names[0]} is {text!r:.80}; expected a string.")
-    _check_text(text, where)
-    return Sample(text, source if source in _SOURCES else "given")
+    if not isinstance(counter, bool):
+        raise InvalidInputError(f"{where}: counter is {counter!r:.80}; expected true or false.")
+    return Sample(_check_text(text, where), source if source in _SOURCES else "given", counter)
 
 
-def _check_text(text: object, where: str) -> None:
+def _read_lines(file: Path) -> Iterator[tuple[str, Sample]]:
+    """Each line of a samples file that is not blank, as it is, and the sample that it gives."""
+    try:
+        with file.open("rb") as handle:
+            content = handle.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise InvalidInputError(f"{file} has more than {MAX_FILE_BYTES:,} bytes. Is it the right file?")
+        text = content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"cannot read {file}: {error}. Expected a JSONL file in UTF-8.") from error
+    lines = text.split("\n")
+    for number, row in parse_jsonl(text, str(file)):
+        yield lines[number - 1], _sample_of(row, f"{file}:{number}")
+
+
+def _line_of(sample: Sample) -> str:
+    fields: dict[str, object] = {"inputs": sample.text, "source": sample.source}
+    return json.dumps(fields | ({"counter": True} if sample.counter else {}), ensure_ascii=False)
+
+
+def _check_text(text: object, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise InvalidInputError(f"{where}: the sample is {text!r}; expected some text.")
     if len(text) > MAX_CHARACTERS:
@@ -114,19 +181,25 @@ def _check_text(text: object, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(f"{where}: the sample is not Unicode text: {error}.") from error
+    return text
 
 
 def _checked(samples: Sequence[Sample], where: str) -> list[Sample]:
+    """The samples, each once, and after them the counter samples."""
     for position, sample in enumerate(samples, 1):
         _check_text(sample.text, f"{where}, sample {position}")
     unique: dict[str, Sample] = {}
     for sample in samples:
-        unique.setdefault(sample.text, sample)
-    if not unique:
+        if unique.setdefault(sample.text, sample).counter != sample.counter:
+            raise InvalidInputError(
+                f"{where}: {sample.text!r:.80} is a sample and a counter sample at once; expected one of them. Remove "
+                "the other one first."
+            )
+    if all(sample.counter for sample in samples):
         raise InvalidInputError(f"{where}: there is no sample; expected at least one prompt the adapter is meant for.")
     if len(unique) > MAX_SAMPLES:
         raise InvalidInputError(f"{where}: {len(unique)} samples; expected at most {MAX_SAMPLES} (20 do).")
-    return list(unique.values())
+    return sorted(unique.values(), key=lambda sample: sample.counter)
 
 
 def _split_front_matter(text: str) -> tuple[dict[str, Any], str]:

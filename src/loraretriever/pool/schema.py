@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -36,6 +37,17 @@ class PoolRow(Base):
     check_base: Mapped[bool]
     spec: Mapped[dict[str, list[int]] | None] = mapped_column(JSON(none_as_null=True))
     change: Mapped[int]
+    encoder: Mapped[str | None] = mapped_column(String(1024))  # the sentence encoder to read the pool with
+
+
+class ChangeRow(Base):
+    """An adapter that a change touched. A change that touched none has one row, without a name."""
+
+    __tablename__ = "changes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    change: Mapped[int] = mapped_column(index=True)
+    adapter: Mapped[str | None] = mapped_column(String(128))
 
 
 class AdapterRow(Base):
@@ -50,6 +62,7 @@ class AdapterRow(Base):
             unique=True,
             sqlite_where=text("current"),
         ),
+        Index("adapters_by_digest", "digest"),
         {"sqlite_autoincrement": True},
     )
 
@@ -71,10 +84,14 @@ class AdapterRow(Base):
     targets: Mapped[list[str]] = mapped_column(JSON)
     size: Mapped[int] = mapped_column(BigInteger)
     stamp: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # of plain folders: see plain.py
+    tenant: Mapped[str | None] = mapped_column(String(128))
 
 
 class SampleRow(Base):
-    """One sample of one revision. Ids are never used again: they tell whether samples are still the same."""
+    """One sample of one revision; a counter sample is a prompt that the adapter is not meant for.
+
+    Ids are never used again: they tell whether samples are still the same.
+    """
 
     __tablename__ = "samples"
     __table_args__ = (
@@ -87,6 +104,7 @@ class SampleRow(Base):
     position: Mapped[int]
     text: Mapped[str] = mapped_column(Text)
     source: Mapped[str] = mapped_column(String(32))
+    counter: Mapped[bool] = mapped_column(server_default=false())
 
 
 class EmbeddingRow(Base):
@@ -97,3 +115,26 @@ class EmbeddingRow(Base):
     sample_id: Mapped[int] = mapped_column(ForeignKey("samples.id", ondelete="CASCADE"), primary_key=True)
     encoder: Mapped[str] = mapped_column(String(512), primary_key=True)
     vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class EncoderRow(Base):
+    """An encoder with vectors in the pool. `stored` orders the encoders by when they last stored some."""
+
+    __tablename__ = "encoders"
+
+    tag: Mapped[str] = mapped_column(String(512), primary_key=True)
+    stored: Mapped[int]
+
+
+class FeedbackRow(Base):
+    """What a user says of a prompt: the adapter that is right for it, the one that is wrong, or both."""
+
+    __tablename__ = "feedback"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    prompt: Mapped[str] = mapped_column(Text)
+    right: Mapped[str | None] = mapped_column(String(128))
+    wrong: Mapped[str | None] = mapped_column(String(128))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC

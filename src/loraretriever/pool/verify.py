@@ -19,7 +19,7 @@ def find_problems(layout: Layout, database: Database, base_model: str, spec: Bas
     problems = database.check()
     with database.read() as session:
         rows = records.current_rows(session)
-        missing = [row.name for row in rows if not records.samples_of(session, row)]
+        missing = records.names_without_samples(session)
         session.expunge_all()
     problems += [f"adapter {name!r} has no samples. Add it again with samples." for name in missing]
     for row in rows:

@@ -40,8 +40,8 @@ def test_migrations_make_the_tables_of_the_schema(database: Database, tmp_path: 
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
-        unique = [index["name"] for index in inspect(connection).get_indexes("adapters")]
-        assert unique == ["one_current_revision"]
+        names = [index["name"] for index in inspect(connection).get_indexes("adapters")]
+        assert sorted(map(str, names)) == ["adapters_by_digest", "one_current_revision"]
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     engine.dispose()
 
@@ -67,8 +67,8 @@ def test_a_creation_that_was_cut_short_can_be_done_again(tmp_path: Path) -> None
 def test_a_failed_write_changes_nothing(database: Database) -> None:
     database.migrate()
     with pytest.raises(PoolError, match="single_pool"), database.write() as session:
-        session.execute(text("INSERT INTO pool VALUES (1, 'm', 1, NULL, 0)"))
-        session.execute(text("INSERT INTO pool VALUES (2, 'm', 1, NULL, 0)"))
+        session.execute(text("INSERT INTO pool VALUES (1, 'm', 1, NULL, 0, NULL)"))
+        session.execute(text("INSERT INTO pool VALUES (2, 'm', 1, NULL, 0, NULL)"))
     with database.read() as session:
         assert session.execute(text("SELECT count(*) FROM pool")).scalar() == 0
     database.close()

@@ -8,7 +8,15 @@ import pytest
 
 from loraretriever.errors import InvalidInputError
 from loraretriever.pool import samples
-from loraretriever.pool.samples import ModelCard, derived_samples, given_samples, read_card, read_samples, write_samples
+from loraretriever.pool.samples import (
+    ModelCard,
+    derived_samples,
+    given_samples,
+    read_card,
+    read_samples,
+    rewrite_samples,
+    write_samples,
+)
 from loraretriever.types import Sample
 
 
@@ -34,6 +42,8 @@ def test_jsonl(tmp_path: Path) -> None:
         ('{"inputs": 3}', "s.jsonl:2: inputs is 3; expected a string"),
         ('{"inputs": " "}', "s.jsonl:2: the sample is ' '"),
         ('{"inputs": "\\ud800"}', "s.jsonl:2: the sample is not Unicode"),
+        ('{"inputs": "x", "counter": "yes"}', "s.jsonl:2: counter is 'yes'; expected true or false"),
+        ('{"inputs": "fine", "counter": true}', "'fine' is a sample and a counter sample at once"),
         ('{"inputs": "' + "x" * 20_001 + '"}', "s.jsonl:2: the sample has 20001 characters"),
     ],
 )
@@ -69,6 +79,47 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_bad_strings(texts: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         given_samples(texts)
+
+
+def test_counter_samples_come_last(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    file.write_text(
+        '{"inputs": "no", "counter": true, "source": "feedback"}\n{"inputs": "yes", "counter": false}\n'
+        '{"text": "no", "counter": true}\n'
+    )
+    read = read_samples(file)
+    assert read == [Sample("yes"), Sample("no", "feedback", counter=True)]
+    file.write_text(write_samples(read))
+    assert read_samples(file) == read
+    file.write_text('{"inputs": "no", "counter": true}\n')
+    with pytest.raises(InvalidInputError, match="there is no sample"):
+        read_samples(file)
+
+
+def test_a_changed_file_keeps_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    one, two, three = (
+        '{"id": 7, "inputs": "one",   "targets": [1e5]}\r',
+        '{"prompt": "no", "counter": true, "who": "me"}',
+        '{"text": "three\u2028\\u00fc", "note": "\\ud800"}',
+    )
+    file.write_text(f"\ufeff{one}\n\n{two}\n{three}\n{one}", encoding="utf-8")
+    old = read_samples(file)
+    text = rewrite_samples(file, [*old, Sample("neü", "feedback"), Sample("never", counter=True)])
+    assert text.split("\n") == [
+        *(one, two, three, one),
+        '{"inputs": "neü", "source": "feedback"}',
+        '{"inputs": "never", "source": "given", "counter": true}',
+        "",
+    ]
+    assert rewrite_samples(file, old[1:]) == f"{two}\n{three}\n"
+
+
+def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MAX_FILE_BYTES", 10)
+    (tmp_path / "s.jsonl").write_text('{"inputs": "x"}')
+    with pytest.raises(InvalidInputError, match="more than 10 bytes"):
+        read_samples(tmp_path / "s.jsonl")
 
 
 CARD = """---
