@@ -20,6 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORARETRIEVER_POOL", str(tmp_path / "pool"))
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["loraretriever", *map(str, arguments)])
