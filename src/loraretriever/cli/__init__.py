@@ -32,6 +32,7 @@ from loraretriever.cli.options import (
 )
 from loraretriever.cli.pool import pool_app
 from loraretriever.cli.prompts import AnswerFile, parse_weights, read_prompts
+from loraretriever.cli.train import train_retriever
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(pool_app, name="pool")
 app.add_typer(feedback_app, name="feedback")
+app.command("train-retriever")(train_retriever)
 
 
 def _print_version(asked: bool) -> None:
