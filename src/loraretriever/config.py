@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -22,19 +22,28 @@ PAPER_INSTRUCTION = "Represent the sentence for similar task retrieval: "
 class Settings:
     """How a LoraRetriever works. Each field can be set by the environment: `LORARETRIEVER_` and its name in capitals.
 
-    `base_model` None takes the pool's. `threshold`: a hit with a lower score is not used; when none is left the
-    base model answers. Its default was measured with the default encoder and instruction; choose it anew for another.
-    `weighting_temperature` is that of the softmax in the weighting by score.
+    `base_model` None takes the pool's; `encoder` None the pool's, or else `DEFAULT_ENCODER`. `retriever` is `hybrid`,
+    some of its parts (`dense`, `sparse`, `dense+sparse`), or `paper`. `instruction` None: the paper's for the paper's
+    formula, else none. The base model answers where the fit is below `threshold`; None takes the retriever's, which
+    for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples. Of the k hits
+    those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits
+    that become weights. `precision` of the encoder is `int8` or `float32`; `max_tokens` the most that it reads of a
+    prompt.
     """
 
     base_model: str | None = None
-    encoder: str = DEFAULT_ENCODER
-    instruction: str = PAPER_INSTRUCTION
+    retriever: str = "hybrid"
+    encoder: str | None = None
+    instruction: str | None = None
+    precision: Literal["float32", "int8"] = "float32"
+    max_tokens: int = Field(default=64, ge=8)
     k: int = Field(default=3, ge=1)
-    threshold: float = Field(default=0.5, allow_inf_nan=False)
+    threshold: float | None = Field(default=None, allow_inf_nan=False)
+    false_fallback: float = Field(default=0.01, ge=0, lt=1)
+    coverage: float = Field(default=0.95, gt=0, le=1)
     strategy: str = "mixture"
     weighting: str = "score"
-    weighting_temperature: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    weighting_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     device: str = "cpu"
     dtype: str = "auto"
     slots: int = Field(default=32, ge=1)

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from loraretriever.types import Completion, Composition, Hit
+from loraretriever.types import Completion, Composition, Hit, Route
 
 if TYPE_CHECKING:
     from loraretriever.evaluate.demo import DemoReport
+    from loraretriever.retrieve.explain import Explanation, HitExplanation
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -109,6 +110,40 @@ def print_fields(value: Any) -> None:
         content = getattr(value, field.name)
         text = ", ".join(map(str, content)) if isinstance(content, tuple) else str(content)
         out.print(Text.assemble((f"{field.name:<12}", "bold"), text), soft_wrap=True)
+
+
+def route_json(row: dict[str, Any], route: Route, reason: Explanation | None) -> dict[str, Any]:
+    """The fields of the input line and what was found for it."""
+    found = {
+        "fallback": route.fallback,
+        "fit": route.fit,
+        "threshold": route.threshold,
+        "hits": [dataclasses.asdict(hit) for hit in route.hits],
+    }
+    if reason is not None:
+        found["why"] = [dataclasses.asdict(hit) for hit in reason.hits]
+    return {**row, **found}
+
+
+def print_route(route: Route, reason: Explanation | None) -> None:
+    """A prompt, its hits, and why they were found if that is known."""
+    print_plain(shorten(route.prompt))
+    sign, outcome = ("<", " -> base model") if route.fallback else (">=", "")
+    print_plain(f"  {describe_hits(route.hits)}  (fit {route.fit:.3f} {sign} {route.threshold:.3f}{outcome})")
+    for hit in reason.hits if reason else ():
+        _print_reason(hit)
+
+
+def _print_reason(hit: HitExplanation) -> None:
+    penalty = f" - {hit.penalty:.2f} from counter samples" if hit.penalty > 0.005 else ""
+    print_plain(
+        f"  {hit.adapter}: probability {hit.probability:.3f}; logit {hit.dense:+.2f} from meaning and form, "
+        f"{hit.sparse:+.2f} from words{penalty}"
+    )
+    terms = ", ".join(f"{term.term!r} {term.part:+.2f}" for term in hit.terms)
+    print_plain(f"    words    {terms or 'none in common'}")
+    for sample in hit.samples:
+        print_plain(f"    sample   {sample.cosine:.3f} {shorten(sample.text, max(20, out.width - 20))}")
 
 
 def completion_json(row: dict[str, Any], completion: Completion) -> dict[str, Any]:

@@ -10,13 +10,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loraretriever.compose import compose_explicit, get_strategy, weigh
+from loraretriever.compose import compose_explicit, cover, get_strategy, weigh
 from loraretriever.config import Settings, load_settings
 from loraretriever.engine import Engine
 from loraretriever.errors import AdmissionError, InvalidInputError
 from loraretriever.pool import Pool
-from loraretriever.retrieve import Retriever
-from loraretriever.types import BASE_COMPOSITION, Completion, Composition, Generation, Hit, Request, Route, Sampling
+from loraretriever.retrieve import Explanation, Retriever
+from loraretriever.types import (
+    BASE_COMPOSITION,
+    AdapterFilter,
+    Completion,
+    Composition,
+    Generation,
+    Ranking,
+    Request,
+    Route,
+    Sampling,
+)
 
 
 class LoraRetriever:
@@ -48,7 +58,7 @@ class LoraRetriever:
             InvalidInputError: a setting is unknown or out of range.
         """
         checked = load_settings(**settings)
-        return cls(Pool.open(pool), checked, _load_paper_retriever, _load_local_engine)
+        return cls(Pool.open(pool), checked, _load_retriever, _load_local_engine)
 
     @cached_property
     def retriever(self) -> Retriever:
@@ -68,27 +78,55 @@ class LoraRetriever:
         threshold: float | None = None,
         exclude: Collection[str] = (),
         only: Collection[str] | None = None,
+        tags: Collection[str] = (),
+        tenant: str | None = None,
     ) -> list[Route]:
         """Rank the adapters for each prompt.
 
         Args:
             k: how many hits each prompt gets at most.
-            threshold: `fallback` is set where no hit's score reaches it.
+            threshold: `fallback` is set where the fit is below it. None: the setting, or else the retriever's own.
             exclude: names never to be found; the paper's out-of-distribution test excludes the prompt's own adapter.
             only: when given, the only names that may be found.
+            tags: the adapters that may be found have all of these.
+            tenant: when given, only its adapters and those of no tenant may be found.
         """
-        ranked = self.retriever.rank(prompts, self.settings.k if k is None else k, exclude, only)
-        return [
-            Route(prompt, hits, fallback=not self._usable(hits, threshold))
-            for prompt, hits in zip(prompts, ranked, strict=True)
-        ]
+        wanted = _filter(exclude, only, tags, tenant)
+        ranked = self.retriever.rank(prompts, self.settings.k if k is None else k, wanted)
+        return [self._route(prompt, ranking, threshold) for prompt, ranking in zip(prompts, ranked, strict=True)]
 
-    def _usable(self, hits: Sequence[Hit], threshold: float | None) -> list[Hit]:
-        """The hits that reach the threshold."""
+    def explain(
+        self,
+        prompts: Sequence[str],
+        *,
+        k: int | None = None,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+        tags: Collection[str] = (),
+        tenant: str | None = None,
+    ) -> list[Explanation]:
+        """Why each prompt's adapters were found: nearest samples, terms that counted, parts of the score.
+
+        Raises:
+            InvalidInputError: as in `route`, or the retriever cannot explain (the paper's formula cannot).
+        """
+        explain = getattr(self.retriever, "explain", None)
+        if explain is None:
+            raise InvalidInputError(
+                f"the retriever {self.settings.retriever!r} cannot explain what it finds; expected the hybrid."
+            )
+        wanted = _filter(exclude, only, tags, tenant)
+        explanations: list[Explanation] = explain(prompts, self.settings.k if k is None else k, wanted)
+        return explanations
+
+    def _route(self, prompt: str, ranking: Ranking, threshold: float | None) -> Route:
         least = self.settings.threshold if threshold is None else threshold
+        if least is None:
+            least = ranking.threshold
         if math.isnan(least):
             raise InvalidInputError("the threshold is NaN; expected a number.")
-        return [hit for hit in hits if hit.score >= least]
+        fallback = not ranking.hits or ranking.fit < least
+        return Route(prompt, ranking.hits, fallback, ranking.fit, least)
 
     def compose(
         self,
@@ -96,14 +134,13 @@ class LoraRetriever:
         *,
         strategy: str | None = None,
         weighting: str | None = None,
-        threshold: float | None = None,
     ) -> Composition:
-        """The composition for a routed prompt: of the hits that reach the threshold; of none, the base model."""
+        """The composition for a routed prompt: of the hits that carry the weight; where none fits, the base model."""
         chosen = get_strategy(strategy or self.settings.strategy)
-        hits = self._usable(route.hits, threshold)
-        if not hits:
+        if route.fallback or not route.hits:
             return BASE_COMPOSITION
-        return chosen(hits, weigh(hits, weighting or self.settings.weighting, self.settings.weighting_temperature))
+        weights = weigh(route.hits, weighting or self.settings.weighting, self.settings.weighting_temperature)
+        return chosen(*cover(route.hits, weights, self.settings.coverage))
 
     def stream(
         self,
@@ -115,6 +152,8 @@ class LoraRetriever:
         threshold: float | None = None,
         exclude: Collection[str] = (),
         only: Collection[str] | None = None,
+        tags: Collection[str] = (),
+        tenant: str | None = None,
         adapters: Mapping[str, float] | None = None,
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
         chat: bool = True,
@@ -126,7 +165,7 @@ class LoraRetriever:
                 for the base model.
             sampling: one for all prompts, or one per prompt.
             chat: put each prompt into the model's chat template as a user's turn.
-            k, threshold, exclude, only: as in `route`. strategy, weighting: as in `compose`.
+            k, threshold, exclude, only, tags, tenant: as in `route`. strategy, weighting: as in `compose`.
 
         Raises:
             InvalidInputError: an argument cannot be used; nothing has been generated then.
@@ -135,10 +174,8 @@ class LoraRetriever:
         samplings = _one_per_prompt(sampling, len(prompts))
         start = time.perf_counter()
         if adapters is None:
-            routes = self.route(prompts, k=k, threshold=threshold, exclude=exclude, only=only)
-            compositions = [
-                self.compose(route, strategy=strategy, weighting=weighting, threshold=threshold) for route in routes
-            ]
+            routes = self.route(prompts, k=k, threshold=threshold, exclude=exclude, only=only, tags=tags, tenant=tenant)
+            compositions = [self.compose(route, strategy=strategy, weighting=weighting) for route in routes]
         else:
             routes = [Route(prompt, (), fallback=False) for prompt in prompts]
             compositions = [self._compose_named(adapters, strategy)] * len(prompts)
@@ -175,10 +212,16 @@ class LoraRetriever:
         self.close()
 
 
-def _load_paper_retriever(pool: Pool, settings: Settings) -> Retriever:
-    from loraretriever.retrieve import PaperRetriever, SentenceEncoder
+def _filter(
+    exclude: Collection[str], only: Collection[str] | None, tags: Collection[str], tenant: str | None
+) -> AdapterFilter:
+    return AdapterFilter(frozenset(exclude), None if only is None else frozenset(only), frozenset(tags), tenant)
 
-    return PaperRetriever(pool, SentenceEncoder(settings.encoder, settings.instruction, settings.device))
+
+def _load_retriever(pool: Pool, settings: Settings) -> Retriever:
+    from loraretriever.retrieve.loading import load_retriever
+
+    return load_retriever(pool, settings)
 
 
 def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
@@ -214,4 +257,6 @@ def _completion(route: Route, composition: Composition, generation: Generation, 
         completion_tokens=generation.completion_tokens,
         retrieval_seconds=retrieval_seconds,
         generation_seconds=generation.seconds,
+        fit=route.fit,
+        threshold=route.threshold,
     )

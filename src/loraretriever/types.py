@@ -109,10 +109,43 @@ class BaseModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An adapter found for a prompt. `score` is the retriever's; for the paper's formula a cosine."""
+    """An adapter found for a prompt.
+
+    `score` is the retriever's: a probability by default, a cosine for the paper's formula. `logit` is on the scale of
+    a logarithm of a probability, up to a number that all hits of a prompt share: weights come from it.
+    """
 
     adapter: str
     score: float
+    logit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What a retriever finds for one prompt: the best hits, best first, and how well the best adapter fits.
+
+    A `fit` below `threshold` means that no adapter does. Both are on the scale of the retriever's scores: the
+    probability that any adapter fits by default, the greatest cosine for the paper's formula.
+    """
+
+    hits: tuple[Hit, ...]
+    fit: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFilter:
+    """Which adapters may be found: all of the conditions hold. The default lets all through.
+
+    `only`: None, or the only names. `tags`: the adapter has all of them. `tenant`: it belongs to that tenant or to
+    none.
+    """
+
+    exclude: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+    tags: frozenset[str] = frozenset()
+    tenant: str | None = None
+    base_model: str | None = None
 
 
 class Mixer(StrEnum):
@@ -196,11 +229,13 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What retrieval says of one prompt: the ranked hits, and whether none passed the threshold."""
+    """What retrieval says of one prompt: the ranked hits, and whether none fits (fit < threshold)."""
 
     prompt: str
     hits: tuple[Hit, ...]
     fallback: bool
+    fit: float = 1.0
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +252,5 @@ class Completion:
     completion_tokens: int
     retrieval_seconds: float
     generation_seconds: float
+    fit: float = 1.0
+    threshold: float = 0.0

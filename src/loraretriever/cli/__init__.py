@@ -26,7 +26,10 @@ from loraretriever.cli.options import (
     OnlyOption,
     PoolOption,
     Prompts,
+    RetrieverOption,
     StrategyOption,
+    TagOption,
+    TenantOption,
     ThresholdOption,
     WeightingOption,
 )
@@ -97,25 +100,28 @@ def route(
     threshold: ThresholdOption = None,
     exclude: ExcludeOption = None,
     only: OnlyOption = None,
+    tag: TagOption = None,
+    tenant: TenantOption = None,
+    retriever: RetrieverOption = None,
     encoder: EncoderOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why: nearest samples, terms, parts.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show which adapters fit each prompt. Loads no base model."""
     from loraretriever.pipeline import LoraRetriever
 
     rows = read_prompts(prompts, input_file)
-    with LoraRetriever.open(pool, encoder=encoder) as retriever:
-        console.print_problems(retriever.pool.problems)
-        routes = retriever.route(
-            [row["inputs"] for row in rows], k=k, threshold=threshold, exclude=exclude or (), only=only
-        )
-    for row, found in zip(rows, routes, strict=True):
+    texts = [row["inputs"] for row in rows]
+    filters: dict[str, Any] = {"exclude": exclude or (), "only": only, "tags": tag or (), "tenant": tenant}
+    with LoraRetriever.open(pool, encoder=encoder, retriever=retriever) as opened:
+        console.print_problems(opened.pool.problems)
+        routes = opened.route(texts, k=k, threshold=threshold, **filters)
+        reasons = opened.explain(texts, k=k, **filters) if explain else [None] * len(rows)
+    for row, found, reason in zip(rows, routes, reasons, strict=True):
         if as_json:
-            hits = [{"adapter": hit.adapter, "score": hit.score} for hit in found.hits]
-            console.print_json({**row, "fallback": found.fallback, "hits": hits})
+            console.print_json(console.route_json(row, found, reason))
         else:
-            fallback = " -> base model" if found.fallback else ""
-            console.print_plain(f"{console.shorten(found.prompt)}\n  {console.describe_hits(found.hits)}{fallback}")
+            console.print_route(found, reason)
 
 
 @app.command()
@@ -133,6 +139,8 @@ def generate(
     threshold: ThresholdOption = None,
     exclude: ExcludeOption = None,
     only: OnlyOption = None,
+    tag: TagOption = None,
+    tenant: TenantOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
@@ -140,6 +148,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string (repeatable).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    retriever: RetrieverOption = None,
     encoder: EncoderOption = None,
     base_model: BaseModelOption = None,
     device: DeviceOption = None,
@@ -157,17 +166,21 @@ def generate(
     rows = read_prompts(prompts, input_file)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     named = None if adapters is None else parse_weights(adapters)
-    settings = {"encoder": encoder, "base_model": base_model, "device": device, "dtype": dtype}
+    settings = {
+        "retriever": retriever, "encoder": encoder, "base_model": base_model, "device": device, "dtype": dtype,
+        "batch_size": batch_size, "slots": slots,
+    }  # fmt: skip
     answers: dict[int, dict[str, Any]] = {}
     completions: dict[int, Completion] = {}
     with ExitStack() as stack:
-        retriever = stack.enter_context(LoraRetriever.open(pool, **settings, batch_size=batch_size, slots=slots))
-        console.print_problems(retriever.pool.problems)
+        opened = stack.enter_context(LoraRetriever.open(pool, **settings))
+        console.print_problems(opened.pool.problems)
         file = stack.enter_context(AnswerFile(output)) if output else None
         advance = stack.enter_context(console.progress("generating", len(rows)))
-        for position, completion in retriever.stream(
+        for position, completion in opened.stream(
             [row["inputs"] for row in rows], k=k, strategy=strategy, weighting=weighting, threshold=threshold,
-            exclude=exclude or (), only=only, adapters=named, sampling=sampling, chat=not raw,
+            exclude=exclude or (), only=only, tags=tag or (), tenant=tenant, adapters=named, sampling=sampling,
+            chat=not raw,
         ):  # fmt: skip
             answers[position] = console.completion_json(rows[position], completion)
             if file:

@@ -18,11 +18,19 @@ InputOption = Annotated[
 ]
 KOption = Annotated[int | None, typer.Option("--k", help="Adapters per prompt at most.", show_default="3")]
 ThresholdOption = Annotated[
-    float | None, typer.Option(help="Hits with a lower score are not used; with none left the base model answers.")
+    float | None,
+    typer.Option(help="Where the adapters' fit is lower, the base model answers.", show_default="the retriever's"),
 ]
 ExcludeOption = Annotated[list[str] | None, typer.Option(help="Adapter never to be found (repeatable).")]
 OnlyOption = Annotated[list[str] | None, typer.Option(help="The only adapters that may be found (repeatable).")]
-EncoderOption = Annotated[str | None, typer.Option(help="Sentence encoder: a folder or a hub id.")]
+TagOption = Annotated[list[str] | None, typer.Option("--tag", help="Only adapters with this tag (repeatable: all).")]
+TenantOption = Annotated[str | None, typer.Option(help="Only this tenant's adapters and those of none.")]
+RetrieverOption = Annotated[
+    str | None, typer.Option(help="hybrid, dense, sparse, dense+sparse or paper.", show_default="hybrid")
+]
+EncoderOption = Annotated[
+    str | None, typer.Option(help="Sentence encoder: a folder or a hub id.", show_default="the pool's")
+]
 BaseModelOption = Annotated[
     str | None, typer.Option(help="Base model: a folder or a hub id.", show_default="the pool's")
 ]

@@ -67,16 +67,11 @@ def train_retriever(
     settings = load_settings(encoder=encoder, instruction=instruction, device=device)
     if activate and pool is None:
         raise InvalidInputError("--activate is given without --pool; expected the pool that is to use the encoder.")
-    if activate and settings.instruction != load_settings().instruction:
-        raise InvalidInputError(
-            f"--activate is given with --instruction {instruction!r}, but prompts are routed with "
-            f"{load_settings().instruction!r}. Leave one of both away, or set LORARETRIEVER_INSTRUCTION."
-        )
     if task_share is not None and held_out_tasks:
         raise InvalidInputError("--task-share and --held-out-tasks are given; expected one of both.")
     config = RetrieverTraining(
         encoder=settings.encoder or DEFAULT_ENCODER,
-        instruction=settings.instruction,
+        instruction=_DEFAULTS.instruction if settings.instruction is None else settings.instruction,
         task_share=_DEFAULTS.task_share if task_share is None else task_share,
         held_out_tasks=tuple(held_out_tasks) if held_out_tasks else None,
         epochs=epochs,

@@ -15,9 +15,12 @@ def uniform(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
 
 
 def by_score(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
-    """Semantics: w_i = exp(s_i / τ) / Σ_j exp(s_j / τ) with the scores s and the temperature τ > 0."""
-    best = max(hit.score for hit in hits)
-    powers = [math.exp((hit.score - best) / temperature) for hit in hits]
+    """Semantics: w_i = exp(s_i / τ) / Σ_j exp(s_j / τ) with the hits' logits s and the temperature τ > 0.
+
+    With the hybrid retriever's logits, largely -½ d² of whitened distances d, this is SemLA's form.
+    """
+    best = max(hit.logit for hit in hits)
+    powers = [math.exp((hit.logit - best) / temperature) for hit in hits]
     return tuple(power / sum(powers) for power in powers)
 
 
@@ -35,3 +38,18 @@ def weigh(hits: Sequence[Hit], weighting: str, temperature: float) -> tuple[floa
     if not (temperature > 0 and math.isfinite(temperature)):
         raise InvalidInputError(f"the weighting's temperature is {temperature}; expected a positive number.")
     return WEIGHTINGS[weighting](hits, temperature)
+
+
+def cover(hits: Sequence[Hit], weights: Sequence[float], coverage: float) -> tuple[tuple[Hit, ...], tuple[float, ...]]:
+    """Adaptive k: the fewest hits, heaviest first, that have this share of the weight; their weights sum to one.
+
+    Equal weights are not cut: they say nothing of which hits fit better.
+    """
+    if max(weights) - min(weights) < 1e-9:
+        return tuple(hits), tuple(weights)
+    order = sorted(range(len(hits)), key=lambda i: -weights[i])
+    total, kept = 0.0, 0
+    while total < coverage - 1e-9 and kept < len(order):
+        total += weights[order[kept]]
+        kept += 1
+    return tuple(hits[i] for i in order[:kept]), tuple(weights[i] / total for i in order[:kept])

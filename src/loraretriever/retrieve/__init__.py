@@ -1,7 +1,23 @@
 """From a prompt to ranked adapters."""
 
+from loraretriever.retrieve.caching import CachingEncoder, QueueEncoder
 from loraretriever.retrieve.encoder import Encoder, SentenceEncoder
+from loraretriever.retrieve.explain import Explanation
+from loraretriever.retrieve.hybrid import HybridRetriever
 from loraretriever.retrieve.index import MeanIndex
-from loraretriever.retrieve.retriever import PaperRetriever, Retriever
+from loraretriever.retrieve.model import Parts
+from loraretriever.retrieve.retriever import ExplainingRetriever, PaperRetriever, Retriever
 
-__all__ = ["Encoder", "MeanIndex", "PaperRetriever", "Retriever", "SentenceEncoder"]
+__all__ = [
+    "CachingEncoder",
+    "Encoder",
+    "ExplainingRetriever",
+    "Explanation",
+    "HybridRetriever",
+    "MeanIndex",
+    "PaperRetriever",
+    "Parts",
+    "QueueEncoder",
+    "Retriever",
+    "SentenceEncoder",
+]

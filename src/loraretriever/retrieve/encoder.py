@@ -25,6 +25,7 @@ DEFAULT_MAX_TOKENS = 128
 
 Vectors = NDArray[np.float32]
 Precision = Literal["float32", "int8"]
+Layers = Literal["last", "thirds"]
 
 # One text's vector from its hidden states, shape (tokens, hidden) -> (hidden,).
 _POOLS: dict[object, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -63,6 +64,7 @@ class SentenceEncoder:
         batch_size: int = 32,
         max_tokens: int | None = DEFAULT_MAX_TOKENS,
         precision: Precision = "float32",
+        layers: Layers = "last",
     ) -> None:
         """Load the model from a folder, the hub, or an installed package.
 
@@ -76,6 +78,10 @@ class SentenceEncoder:
             precision: `int8`, on the processor only, computes the linear modules with 8-bit integers: twice as fast
                 where the processor has instructions for them (AVX-512 VNNI), at a cosine of 0.99 with float32.
 
+            layers: `last` for the model's own vector. `thirds`, where the model is a transformer over text: the mean
+                hidden states after one and two thirds of its layers and after the last, of equal length, one after
+                the other. The lower ones tell more of a prompt's form, the last more of what it is about.
+
         Raises:
             ModelLoadError: the model cannot be found or loaded.
             InvalidInputError: a value is out of range.
@@ -88,7 +94,8 @@ class SentenceEncoder:
         self._instruction = instruction
         self._batch_size = batch_size
         self._size = _least(max_tokens, _limit(self._model)) if _takes_tokens(self._model) else max_tokens
-        self.tag = f"{name}#{self._fingerprint()}:{self._size}:{precision}#{instruction}"
+        self._layers = layers if _takes_tokens(self._model) else "last"
+        self.tag = f"{name}#{self._fingerprint()}:{self._size}:{precision}:{self._layers}#{instruction}"
         self._window = Window(self._model.tokenizer, self._size) if _takes_tokens(self._model) else None
         self._bert = self._prepare(precision)
 
@@ -111,14 +118,21 @@ class SentenceEncoder:
             digest.update(f"{key}{tuple(value.shape)}".encode() + head)
         return digest.hexdigest()[:16]
 
+    def _dimension(self) -> int:
+        if self._layers == "thirds":
+            config = _inner(self._model[0]).config
+            return int(config.hidden_size) * len(_thirds(config.num_hidden_layers))
+        return _dimension(self._model)
+
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Shape: (len(texts), dimension), rows of length 1 (of length 0 where a static model knows no token)."""
         if not texts:
-            return np.empty((0, _dimension(self._model)), dtype=np.float32)
+            return np.empty((0, self._dimension()), dtype=np.float32)
         prefix = (_prompt(self._model) if self._window else "") + self._instruction
         cut = [encodable(cut_characters(prefix + text, self._size)) for text in texts]
         vectors = self._encode_tokens(self._window.read(cut)) if self._window else self._encode_texts(cut)
-        vectors = vectors[:, : self._model.truncate_dim]
+        if self._layers == "last":
+            vectors = vectors[:, : self._model.truncate_dim]
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12), dtype=np.float32)
 
     def _encode_texts(self, texts: list[str]) -> Vectors:
@@ -142,6 +156,8 @@ class SentenceEncoder:
         """Shape: rows of token ids -> (len(rows), dimension)."""
         import torch
 
+        if self._layers == "thirds":
+            return self._forward_thirds(rows)
         if self._bert is None:
             features = self._model(_padded(rows, self._model.tokenizer, self._model.device))
         else:
@@ -151,6 +167,25 @@ class SentenceEncoder:
                 features = module(features)
         vectors: torch.Tensor = features["sentence_embedding"]
         return vectors
+
+    def _forward_thirds(self, rows: list[list[int]]) -> torch.Tensor:
+        """Shape: rows of token ids -> (len(rows), 3 hidden)."""
+        import torch
+
+        if self._bert is None:
+            features = _padded(rows, self._model.tokenizer, self._model.device)
+            states = _inner(self._model[0])(**features, output_hidden_states=True).hidden_states[1:]
+            mask = features["attention_mask"].unsqueeze(-1)
+            pooled = [(states[i] * mask).sum(1) / mask.sum(1) for i in _thirds(len(states))]
+        else:
+            layers = self._bert.every_layer(rows)
+            pooled = [torch.stack([text.mean(0) for text in layers[i]]) for i in _thirds(len(layers))]
+        return torch.cat([torch.nn.functional.normalize(each, dim=1) for each in pooled], dim=1)
+
+
+def _thirds(layers: int) -> list[int]:
+    """Places of the layers after one third, two thirds and all, from 0; fewer where there are fewer layers."""
+    return sorted({max(round(layers * part / 3), 1) - 1 for part in (1, 2, 3)})
 
 
 def _check(device: str, batch_size: int, max_tokens: int | None, precision: str) -> None:

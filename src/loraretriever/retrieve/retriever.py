@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
-from loraretriever.errors import InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve.encoder import Encoder
+from loraretriever.retrieve.explain import Explanation
+from loraretriever.retrieve.following import check_names, check_request, embed_missing
 from loraretriever.retrieve.index import MeanIndex
-from loraretriever.types import Hit
+from loraretriever.types import AdapterFilter, Hit, PoolEntry, Ranking
+
+ALL = AdapterFilter()
+PAPER_THRESHOLD = 0.5  # a cosine, for the default encoder with the paper's instruction
+PAPER_TEMPERATURE = 0.05  # of the softmax over cosines
 
 
 class Retriever(Protocol):
     """Anything that ranks the pool's adapters for prompts."""
 
-    def rank(
-        self, prompts: Sequence[str], k: int, exclude: Collection[str] = (), only: Collection[str] | None = None
-    ) -> list[tuple[Hit, ...]]:
+    def rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = ALL) -> list[Ranking]:
         """For each prompt its k best adapters, best first; fewer when fewer are enabled and allowed."""
+        ...
+
+
+class ExplainingRetriever(Retriever, Protocol):
+    """A retriever that can say why."""
+
+    def explain(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = ALL) -> list[Explanation]:
+        """Why each prompt's k best adapters were found."""
         ...
 
 
@@ -37,49 +46,49 @@ class PaperRetriever:
         self._encoder = encoder
         self._lock = threading.Lock()
         self._index = MeanIndex({})
+        self._entries: dict[str, PoolEntry] = {}
         self._change: int | None = None
 
-    def rank(
-        self, prompts: Sequence[str], k: int, exclude: Collection[str] = (), only: Collection[str] | None = None
-    ) -> list[tuple[Hit, ...]]:
-        """For each prompt its k best adapters, best first (LoraRetriever, section 3.2).
+    def rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = ALL) -> list[Ranking]:
+        """For each prompt its k best adapters, best first (LoraRetriever, section 3.2). Scores are cosines.
 
         Raises:
-            InvalidInputError: k is not positive, a prompt is empty, or a name in `exclude` or `only` is unknown.
+            InvalidInputError: k is not positive, or a prompt is empty.
+            AdapterNotFoundError: the filter names an adapter that is not in the pool.
         """
-        index = self._current_index()
-        _check_request(prompts, k)
-        self._check_names({*exclude, *(only or ())}, index)
+        check_request(prompts, k)
+        index, entries = self._current()
+        check_names(self._pool, {*wanted.exclude, *(wanted.only or ())}, index.names)
         if not prompts:
             return []
-        return index.search(self._encoder.encode(prompts), k, exclude, only)
+        only = wanted.only
+        if wanted.tags or wanted.tenant is not None or wanted.base_model is not None:
+            only = frozenset(name for name in wanted.only or entries if _passes(entries.get(name), wanted))
+        found = index.search(self._encoder.encode(prompts), k, wanted.exclude, only)
+        return [
+            Ranking(
+                tuple(Hit(hit.adapter, hit.score, hit.score / PAPER_TEMPERATURE) for hit in hits),
+                fit=hits[0].score if hits else -1.0,
+                threshold=PAPER_THRESHOLD,
+            )
+            for hits in found
+        ]
 
-    def _check_names(self, names: set[str], index: MeanIndex) -> None:
-        for name in sorted(names - set(index.names)):
-            self._pool.get(name)  # a disabled adapter may be named; an unknown one is an error
-
-    def _current_index(self) -> MeanIndex:
+    def _current(self) -> tuple[MeanIndex, dict[str, PoolEntry]]:
         with self._lock:
             change = self._pool.change
             if change != self._change:
-                self._embed_missing()
-                self._index = MeanIndex(self._pool.embeddings(self._encoder.tag))
-                self._change = change
-            return self._index
-
-    def _embed_missing(self) -> None:
-        missing = self._pool.missing_embeddings(self._encoder.tag)
-        if not missing:
-            return
-        vectors = self._encoder.encode([sample.text for samples in missing.values() for sample in samples])
-        ends = np.cumsum([len(samples) for samples in missing.values()])
-        split = np.split(vectors, ends[:-1])
-        self._pool.store_embeddings(self._encoder.tag, dict(zip(missing, split, strict=True)))
+                embed_missing(self._pool, self._encoder)
+                _, entries = self._pool.entries(self._encoder.tag)
+                whole = {name: entry.vectors for name, entry in entries.items() if entry.vectors is not None}
+                self._index, self._entries, self._change = MeanIndex(whole), entries, change
+            return self._index, self._entries
 
 
-def _check_request(prompts: Sequence[str], k: int) -> None:
-    if k < 1:
-        raise InvalidInputError(f"k is {k}; expected a whole number of at least 1.")
-    for position, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise InvalidInputError(f"prompt {position + 1} of {len(prompts)} is empty; expected some text.")
+def _passes(entry: PoolEntry | None, wanted: AdapterFilter) -> bool:
+    return (
+        entry is not None
+        and wanted.tags <= set(entry.tags)
+        and (wanted.tenant is None or entry.tenant in (None, wanted.tenant))
+        and wanted.base_model in (None, entry.base_model)
+    )

@@ -97,13 +97,26 @@ def test_the_int8_product_is_the_formula() -> None:
     torch.manual_seed(0)
     for bias in (True, False):
         linear = torch.nn.Linear(24, 40, bias=bias)
-        x = torch.randn(2, 3, 24) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
-        x[0, 0] = 0
-        weight_scale, scale = linear.weight.abs().amax(1) / 63, x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
-        weight = (linear.weight / weight_scale[:, None]).round() * weight_scale[:, None]
-        expected = torch.nn.functional.linear((x / scale).round() * scale, weight, linear.bias)
+        x = torch.randn(2, 3, 24) * torch.tensor([1e-3, 1.0, 1e3])[:, None] + 0.5
+        x[0, 0], x[1, 0] = 0, 7
+        middle = (x.amin(-1, keepdim=True) + x.amax(-1, keepdim=True)) / 2
+        scale = ((x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 254).clamp(min=1e-9)
+        weight_scale = linear.weight.abs().amax(1, keepdim=True) / 63
+        weight = (linear.weight / weight_scale).round() * weight_scale
         with torch.no_grad():
-            assert torch.allclose(Int8Linear(linear)(x), expected, rtol=1e-4, atol=1e-6)
+            expected = torch.nn.functional.linear(((x - middle) / scale).round() * scale + middle, weight, linear.bias)
+            assert torch.allclose(Int8Linear(linear)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_int8_never_overflows() -> None:
+    from loraretriever.retrieve.bert import Int8Linear
+
+    linear = torch.nn.Linear(512, 8)
+    torch.nn.init.constant_(linear.weight, -1.0)
+    x = torch.ones(3, 512)
+    x[:, 0] = -1.0
+    with torch.no_grad():
+        assert Int8Linear(linear)(x) == pytest.approx(linear(x).numpy(), rel=1e-4)
 
 
 def test_a_long_text_is_its_head_and_its_tail(folder: Path) -> None:

@@ -1,0 +1,77 @@
+"""From settings to a retriever."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from loraretriever.config import DEFAULT_ENCODER, PAPER_INSTRUCTION, Settings
+from loraretriever.errors import InvalidInputError
+from loraretriever.pool import Pool
+from loraretriever.retrieve.caching import CachingEncoder
+from loraretriever.retrieve.encoder import Encoder, SentenceEncoder
+from loraretriever.retrieve.hybrid import HybridRetriever
+from loraretriever.retrieve.model import Parts
+from loraretriever.retrieve.retriever import PaperRetriever, Retriever
+
+TRAINING_RECORD = "loraretriever.json"  # beside an encoder that `train-retriever` made
+PAPER = "paper"
+PARTS = {
+    "hybrid": Parts(),
+    "dense": Parts(sparse=False),
+    "sparse": Parts(dense=False),
+    "sparse-centroid": Parts(dense=False, head=False),
+    "dense+sparse": Parts(head=False),
+}
+
+
+def load_retriever(pool: Pool, settings: Settings) -> Retriever:
+    """The retriever of that name; the encoder is loaded at its first call, or now for the paper's formula.
+
+    Raises:
+        InvalidInputError: there is no such retriever.
+        ModelLoadError: the encoder cannot be loaded.
+    """
+    if settings.retriever == PAPER:
+        return PaperRetriever(pool, paper_encoder(settings.encoder or pool.encoder, settings))
+    if settings.retriever not in PARTS:
+        raise InvalidInputError(
+            f"unknown retriever {settings.retriever!r}; expected one of {', '.join([*PARTS, PAPER])}."
+        )
+
+    def load(pool_encoder: str | None) -> Encoder:
+        return hybrid_encoder(settings.encoder or pool_encoder, settings)
+
+    return HybridRetriever(pool, load, PARTS[settings.retriever], settings.false_fallback)
+
+
+def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:
+    """The encoder as the hybrid reads it: short windows, several layers, and no instruction unless trained with one."""
+    name = name or DEFAULT_ENCODER
+    encoder = SentenceEncoder(
+        name,
+        _instruction(name, settings, ""),
+        settings.device,
+        max_tokens=settings.max_tokens,
+        precision=settings.precision,
+        layers="thirds",
+    )
+    return CachingEncoder(encoder)
+
+
+def paper_encoder(name: str | None, settings: Settings) -> Encoder:
+    """The encoder as the paper's formula reads it: its own vector, of as many tokens as it takes."""
+    name = name or DEFAULT_ENCODER
+    return SentenceEncoder(name, _instruction(name, settings, PAPER_INSTRUCTION), settings.device, max_tokens=None)
+
+
+def _instruction(name: str, settings: Settings, default: str) -> str:
+    """What was asked for, or what the encoder was trained with, or the default."""
+    if settings.instruction is not None:
+        return settings.instruction
+    try:
+        record = json.loads((Path(name) / TRAINING_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+    trained = record.get("instruction") if isinstance(record, dict) else None
+    return trained if isinstance(trained, str) else default
