@@ -25,7 +25,8 @@ class Settings:
     `base_model` None takes the pool's; `encoder` None the pool's, or else `DEFAULT_ENCODER`. `retriever` is `hybrid`,
     some of its parts (`dense`, `sparse`, `dense+sparse`), or `paper`. `instruction` None: the paper's for the paper's
     formula, else none. The base model answers where the fit is below `threshold`; None takes the retriever's, which
-    for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples. Of the k hits
+    for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples, if their
+    cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits
     those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits
     that become weights. `precision` of the encoder is `int8` or `float32`; `max_tokens` the most that it reads of a
     prompt.
@@ -40,6 +41,7 @@ class Settings:
     k: int = Field(default=3, ge=1)
     threshold: float | None = Field(default=None, allow_inf_nan=False)
     false_fallback: float = Field(default=0.01, ge=0, lt=1)
+    drift: float = Field(default=0.07, ge=0, lt=1)
     coverage: float = Field(default=0.95, gt=0, le=1)
     strategy: str = "mixture"
     weighting: str = "score"

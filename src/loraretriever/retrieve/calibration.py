@@ -10,8 +10,8 @@ from scipy import optimize, special
 
 Floats = NDArray[np.float64]
 
-# Of the paper's 48 tasks with the default encoder (docs/architecture.md): where a pool has too few samples to tell.
-_SLOPE, _MIDDLE = 26.0, 0.80
+# Where a pool has too few samples to tell: about what the demo's pool and the paper's 48 tasks gave.
+_SLOPE, _MIDDLE, _LEAST_COSINE = 25.0, 0.75, 0.65
 _LEAST_SAMPLES = 20
 _FIRMNESS = 20.0  # how many samples' worth the values above count
 
@@ -21,24 +21,27 @@ class Calibration:
     """How a pool's scores become probabilities.
 
     `temperature` divides the logits of the adapters. The probability that any adapter fits is
-    1 / (1 + exp(-slope (cosine - middle))), with the cosine of the prompt and the nearest adapter's mean. `fits` are
-    these probabilities of the pool's own samples, each left out, ascending.
+    1 / (1 + exp(-slope (cosine - middle))), with the cosine of the prompt and the nearest adapter's mean. `cosines`
+    are those of the pool's own samples, each left out, ascending.
     """
 
     temperature: float = 1.0
     slope: float = _SLOPE
     middle: float = _MIDDLE
-    fits: Floats | None = None
+    cosines: Floats | None = None
 
     def fit(self, cosines: Floats | NDArray[np.float32]) -> Floats:
         """The probability that an adapter fits, from the greatest cosine."""
         return np.asarray(special.expit(self.slope * (np.asarray(cosines, dtype=np.float64) - self.middle)))
 
-    def threshold(self, false_fallback: float) -> float:
-        """The fit below which this share of the pool's own samples, each left out, would lie."""
-        if self.fits is None:
-            return float(self.fit(np.array(self.middle - (0.5 - false_fallback) / 2)))
-        return float(np.quantile(self.fits, false_fallback))
+    def threshold(self, false_fallback: float, drift: float) -> float:
+        """The fit below which the base model answers.
+
+        This share of the pool's own samples, each left out, would lie below it if their cosines were all lower by
+        `drift`: prompts in words of their own are further away than samples are from one another.
+        """
+        least = _LEAST_COSINE if self.cosines is None else float(np.quantile(self.cosines, false_fallback)) - drift
+        return float(self.fit(np.array(least)))
 
 
 def calibrate(logits: Floats, own: NDArray[np.int64], cosines: Floats) -> Calibration:
@@ -58,8 +61,7 @@ def calibrate(logits: Floats, own: NDArray[np.int64], cosines: Floats) -> Calibr
     hidden = cosines.copy()
     hidden[rows, own] = -np.inf
     slope, middle = _logistic(inside, hidden.max(axis=1))
-    plain = Calibration(_temperature(logits, own), slope, middle)
-    return Calibration(plain.temperature, slope, middle, np.sort(plain.fit(inside)))
+    return Calibration(_temperature(logits, own), slope, middle, np.sort(inside))
 
 
 def _temperature(logits: Floats, own: NDArray[np.int64]) -> float:

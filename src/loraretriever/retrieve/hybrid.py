@@ -42,6 +42,7 @@ class HybridRetriever:
         load_encoder: Callable[[str | None], Encoder],
         parts: Parts = Parts(),  # noqa: B008 - frozen
         false_fallback: float = 0.01,
+        drift: float = 0.07,
     ) -> None:
         """Nothing is loaded before the first call.
 
@@ -51,11 +52,12 @@ class HybridRetriever:
                 name changes, the new encoder is loaded and embeds all samples while the old one serves.
             parts: which parts are at work.
             false_fallback: the share of prompts that have an adapter, which may be left to the base model.
+            drift: how much lower the cosines of prompts in words of their own are than those of the samples.
         """
         self._pool = pool
         self._load_encoder = load_encoder
         self._parts = parts
-        self._false_fallback = false_fallback
+        self._rates = false_fallback, drift
         self._lock = threading.Lock()  # over reading the pool and replacing the state
         self._state: _State | None = None
         self._thread: threading.Thread | None = None
@@ -69,13 +71,13 @@ class HybridRetriever:
             AdapterNotFoundError: the filter names an adapter that is not in the pool.
         """
         state, found = self._rank(prompts, k, wanted)
-        threshold = state.snapshot.threshold(self._false_fallback)
+        threshold = state.snapshot.threshold(*self._rates)
         return [Ranking(_hits(each, k), each.fit, threshold) for each in found]
 
     def explain(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = AdapterFilter()) -> list[Explanation]:  # noqa: B008
         """Why each prompt's k best adapters were found."""
         state, found = self._rank(prompts, k, wanted)
-        threshold = state.snapshot.threshold(self._false_fallback)
+        threshold = state.snapshot.threshold(*self._rates)
         vectors = state.encoder.encode(prompts)
         return [
             explain(prompt, vector, each, k, threshold, state.snapshot, self._pool, state.encoder.tag)

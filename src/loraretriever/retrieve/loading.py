@@ -42,7 +42,7 @@ def load_retriever(pool: Pool, settings: Settings) -> Retriever:
     def load(pool_encoder: str | None) -> Encoder:
         return hybrid_encoder(settings.encoder or pool_encoder, settings)
 
-    return HybridRetriever(pool, load, PARTS[settings.retriever], settings.false_fallback)
+    return HybridRetriever(pool, load, PARTS[settings.retriever], settings.false_fallback, settings.drift)
 
 
 def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:

@@ -64,9 +64,9 @@ class Snapshot:
         added = Block([since[name] for name in sorted(since)], model) if since else None
         return Snapshot(model, main, added, frozenset(gone))
 
-    def threshold(self, false_fallback: float) -> float:
-        """The fit that this share of the pool's own samples, each left out, would not reach."""
-        return self._model.calibration.threshold(false_fallback) if self._model else 0.0
+    def threshold(self, false_fallback: float, drift: float) -> float:
+        """The fit below which the base model answers: see `Calibration.threshold`."""
+        return self._model.calibration.threshold(false_fallback, drift) if self._model else 0.0
 
     def rank(self, vectors: Vectors, texts: Sequence[str], wanted: AdapterFilter) -> list[Ranked]:
         """All candidates for each prompt, best first. Shape: vectors (prompts, d), rows of length 1."""
