@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import string
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def write_base_model(folder: Path) -> Path:
     return folder
 
 
-def write_encoder(folder: Path, seed: int = 0) -> Path:
-    """A random one-layer sentence encoder as a folder that sentence-transformers can load."""
+def write_encoder(folder: Path, seed: int = 0, layers: int = 1) -> Path:
+    """A random sentence encoder as a folder that sentence-transformers can load."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -55,7 +56,7 @@ def write_encoder(folder: Path, seed: int = 0) -> Path:
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=256,
@@ -77,9 +78,16 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         self.encoded += texts
+        if not texts:
+            return np.empty((0, 64), dtype=np.float32)
         vectors = np.stack([sum(self._vector(word) for word in text.lower().split()) for text in texts])
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
     def _vector(self, word: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256((self.tag + word).encode("utf-8", "replace")).digest()[:4], "little")
-        return np.random.default_rng(seed).normal(size=64)
+        return _word_vector(self.tag + word)
+
+
+@functools.cache
+def _word_vector(word: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(word.encode("utf-8", "replace")).digest()[:4], "little")
+    return np.random.default_rng(seed).normal(size=64)

@@ -26,17 +26,17 @@ class Settings:
     some of its parts (`dense`, `sparse`, `dense+sparse`), or `paper`. `instruction` None: the paper's for the paper's
     formula, else none. The base model answers where the fit is below `threshold`; None takes the retriever's, which
     for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples, if their
-    cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits
-    those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits
-    that become weights. `precision` of the encoder is `int8` or `float32`; `max_tokens` the most that it reads of a
-    prompt.
+    cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits those are
+    used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits that become
+    weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on the CPU;
+    `max_tokens` the most that it reads of a prompt.
     """
 
     base_model: str | None = None
     retriever: str = "hybrid"
     encoder: str | None = None
     instruction: str | None = None
-    precision: Literal["float32", "int8"] = "float32"
+    precision: Literal["auto", "float32", "int8"] = "auto"
     max_tokens: int = Field(default=64, ge=8)
     k: int = Field(default=3, ge=1)
     threshold: float | None = Field(default=None, allow_inf_nan=False)

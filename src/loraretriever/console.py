@@ -18,6 +18,9 @@ from loraretriever.types import Completion, Composition, Hit, Route
 
 if TYPE_CHECKING:
     from loraretriever.evaluate.demo import DemoReport
+    from loraretriever.evaluate.fallback import Calibration
+    from loraretriever.evaluate.retrieval import RetrievalReport
+    from loraretriever.evaluate.robustness import Robustness
     from loraretriever.retrieve.explain import Explanation, HitExplanation
 
 out = Console(highlight=False)
@@ -183,3 +186,58 @@ def print_demo(report: DemoReport) -> None:
         ("base model", report.base_seconds, report.base_tokens_per_second),
     ):
         out.print(f"{name}: {count} prompts in {seconds:.1f} s, {speed:.0f} generated tokens/s")
+
+
+def print_retrieval(report: RetrievalReport) -> None:
+    """A line per method, then how sure the default one is of itself."""
+    rows = []
+    for name, figures in report.methods.items():
+        top = (figures.top1, figures.top3, figures.top5, figures.top8)
+        times = (figures.ms_p50, figures.ms_p99, figures.ms_batch32, figures.search_ms_p50)
+        rows.append([name, *(f"{x:5.1f}" for x in top), *("-" if x is None else f"{x:5.2f}" for x in times)])
+    for name, quoted in (report.quoted or {}).items():
+        top = (quoted.top1, quoted.top3, quoted.top5, quoted.top8)
+        rows.append([f"[{name}]", *(f"{x:5.1f}" for x in top), *"----"])
+    print_rows(("method", "top1", "top3", "top5", "top8", "p50", "p99", "b32", "find"), rows)
+    print_note("top1 ... top8: per cent of prompts whose adapter is among the first hits")
+    print_note("ms: p50, p99 of one prompt; b32 each in batches of 32; find without encoding")
+    if report.quoted:
+        print_note("[...]: the paper's own figures, quoted")
+    print_plain(
+        f"{report.adapters} adapters, {report.samples} samples, {report.test_prompts} test prompts "
+        f"({report.setup.repeated} are samples)"
+    )
+    if report.calibration is not None:
+        _print_calibration(report.default, report.calibration, report.off_topic_prompts)
+    for name, hardships in (report.robustness or {}).items():
+        _print_hardships(name, hardships)
+
+
+def _print_calibration(name: str, calibration: Calibration, off_topic: int) -> None:
+    print_plain(
+        f"{name}: calibration error {calibration.ece:.3f}, of the choice among adapters {calibration.ece_given_fit:.3f}"
+    )
+    print_plain(f"  base model gets {calibration.false_fallback_default:.1%} of prompts that have an adapter")
+    if off_topic:
+        print_plain(
+            f"  and {calibration.off_topic_to_base_default:.1%} of {off_topic} off-topic ones "
+            f"(AUROC {calibration.fit_auroc:.3f})"
+        )
+    for what, found in (("adapters", calibration.leave_adapters_out), ("domains", calibration.leave_domains_out)):
+        if found is not None:
+            sent = found.off_topic_to_base_at_5_percent_false_fallback
+            print_plain(f"  {what} left out: AUROC {found.auroc:.3f}; {sent:.1%} at 5 % false fallback")
+
+
+def _print_hardships(name: str, hardships: Robustness) -> None:
+    rows = [
+        ("as they are", hardships.plain),
+        ("misspelt", hardships.typos),
+        ("after a long context", hardships.context_before),
+        ("before a long context", hardships.context_after),
+        *((f"{m} samples per adapter", accuracy) for m, accuracy in hardships.samples_per_adapter.items()),
+    ]
+    if hardships.incremental is not None:
+        rows.append(("half added, not learnt", hardships.incremental.delta))
+        rows.append(("half added, learnt", hardships.incremental.settled))
+    print_rows((name, "top1", "top3"), [(what, f"{of.top1:5.1f}", f"{of.top3:5.1f}") for what, of in rows])

@@ -109,7 +109,7 @@ def test_route_passes_fields_through(run: Run, pool: Path, tmp_path: Path) -> No
     assert first["fallback"] is False and "task" not in second
     for row in (first, second):
         assert len(row["hits"]) == 2
-        assert all(set(hit) == {"adapter", "score"} and hit["adapter"] in SAMPLES for hit in row["hits"])
+        assert all(set(hit) == {"adapter", "score", "logit"} and hit["adapter"] in SAMPLES for hit in row["hits"])
         assert row["hits"][0]["score"] >= row["hits"][1]["score"]
 
 
@@ -119,6 +119,68 @@ def test_route_filters_and_falls_back(run: Run, pool: Path) -> None:
     (row,) = objects(run("route", "write a query", "--only", "math", "--threshold", "1.1", "--json")[1])
     assert [hit["adapter"] for hit in row["hits"]] == ["math"] and row["fallback"] is True
     assert "-> base model" in run("route", "write a query", "--threshold", "1.1")[1]
+
+
+def test_route_says_why(run: Run, pool: Path) -> None:
+    code, out, err = run("route", "write a query", "add\nnumbers", "--explain", "--json")
+    assert (code, err) == (0, "")
+    for row in objects(out):
+        assert [why["adapter"] for why in row["why"]] == [hit["adapter"] for hit in row["hits"]]
+        assert [why["probability"] for why in row["why"]] == [hit["score"] for hit in row["hits"]]
+        for why, hit in zip(row["why"], row["hits"], strict=True):
+            assert set(why) == {"adapter", "probability", "dense", "sparse", "penalty", "samples", "terms"}
+            parts = why["dense"] + why["sparse"] - why["penalty"]
+            first = row["why"][0]["sparse"] - row["why"][0]["penalty"]
+            assert parts - first == pytest.approx(hit["logit"] - row["hits"][0]["logit"], abs=1e-3)
+            assert [sample["text"] for sample in why["samples"]] == SAMPLES[why["adapter"]]
+    assert "why" not in objects(run("route", "a query", "--json")[1])[0]
+    _, out, _ = run("route", "write a query", "--explain", "--k", "1")
+    lines = out.splitlines()
+    assert lines[0] == "write a query" and lines[1].startswith("  sql ") and "(fit " in lines[1]
+    assert lines[2].startswith("  sql: probability ") and "from meaning and form" in lines[2]
+    assert lines[3].startswith("    words    ") and "'query' +" in lines[3]
+    assert lines[4] == "    sample   1.000 write a query" and len(lines) == 5
+
+
+def test_route_by_another_retriever(run: Run, pool: Path) -> None:
+    for name in ("dense", "sparse", "dense+sparse", "hybrid"):
+        (row,) = objects(run("route", "write a query", "--retriever", name, "--json")[1])
+        assert row["hits"][0]["adapter"] == "sql" and 0 <= row["fit"] <= 1
+    (row,) = objects(run("route", "write a query", "--retriever", "paper", "--json")[1])
+    assert row["hits"][0]["adapter"] == "sql" and row["hits"][0]["score"] == pytest.approx(1, abs=1e-4)
+    assert row["hits"][0]["score"] == row["fit"]
+
+
+def test_the_threshold_is_the_retrievers_unless_given(run: Run, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORARETRIEVER_THRESHOLD")
+    (row,) = objects(run("route", "write a query", "--retriever", "paper", "--json")[1])
+    assert row["threshold"] == 0.5 and row["fallback"] is False
+    (row,) = objects(run("route", "write a query", "--json")[1])
+    assert 0 < row["threshold"] < 1 and row["fallback"] == (row["fit"] < row["threshold"])
+    (row,) = objects(run("route", "write a query", "--threshold", "0", "--json")[1])
+    assert row["threshold"] == 0 and row["fallback"] is False
+
+
+def test_route_by_tag_and_tenant(run: Run, models: Path, tmp_path: Path) -> None:
+    run("pool", "init", "--base-model", models / "base")
+    for seed, (name, tenant) in enumerate({"sql": "us", "german": "them", "math": ""}.items()):
+        source = write_peft_folder(tmp_path / name, seed=seed, base_model=str(models / "base"))
+        tags = ("--tag", name, "--tag", "all", *(("--tenant", tenant) if tenant else ()))
+        assert run("pool", "add", source, "--sample", SAMPLES[name][0], *tags)[0] == 0
+
+    def found(*options: str) -> set[str]:
+        (row,) = objects(run("route", "write a query", *options, "--json")[1])
+        assert row["hits"] or row["fallback"]
+        return {hit["adapter"] for hit in row["hits"]}
+
+    assert found() == found("--tag", "all") == {"sql", "german", "math"}
+    assert found("--tag", "all", "--tag", "sql") == {"sql"}
+    assert found("--tag", "german", "--tag", "sql") == set()
+    assert found("--tenant", "us") == {"sql", "math"}
+    assert found("--tenant", "them", "--tag", "sql") == set()
+    options = ("--tenant", "them", "--max-tokens", "2", "--weighting", "uniform", "--json")
+    (row,) = objects(run("generate", "write a query", *options)[1])
+    assert set(row["composition"]["adapters"]) == {"german", "math"}
 
 
 def test_route_reads_standard_input(run: Run, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +239,8 @@ def test_generate_with_named_adapters(run: Run, pool: Path) -> None:
         (("route", "hi", "--exclude", "sqll"), 1, "did you mean 'sql'"),
         (("route", "hi", "--pool", "/nowhere"), 1, "/nowhere"),
         (("route", "hi", "--encoder", "/nowhere"), 1, "cannot load the encoder"),
+        (("route", "hi", "--retriever", "best"), 2, "unknown retriever 'best'"),
+        (("route", "hi", "--retriever", "paper", "--explain"), 2, "cannot explain"),
         (("route", "--input", "/nowhere.jsonl"), 2, "cannot read"),
         (("generate", "hi", "--temperature", "-1"), 2, "temperature is -1"),
         (("generate", "hi", "--strategy", "blend"), 2, "unknown strategy"),

@@ -18,11 +18,27 @@ def test_overrides_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_defaults() -> None:
     assert load_settings() == Settings()
+    settings = load_settings()
+    assert settings.retriever == "hybrid"
+    assert settings.threshold is settings.encoder is settings.instruction is None
+    assert settings.coverage == 0.95
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("k", 0), ("weighting_temperature", -1), ("threshold", float("nan")), ("slots", "many"), ("colour", "red")],
+    [
+        ("k", 0),
+        ("weighting_temperature", -1),
+        ("threshold", float("nan")),
+        ("slots", "many"),
+        ("colour", "red"),
+        ("coverage", 0),
+        ("coverage", 1.01),
+        ("false_fallback", 1),
+        ("drift", -0.1),
+        ("precision", "int4"),
+        ("max_tokens", 7),
+    ],
 )
 def test_wrong_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(InvalidInputError, match=f"setting {name}"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,18 @@ from loraretriever.config import Settings
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
-from loraretriever.retrieve import PaperRetriever
-from loraretriever.types import BASE_COMPOSITION, Composition, Generation, Mixer, Request, Sampling
+from loraretriever.retrieve import HybridRetriever, PaperRetriever
+from loraretriever.types import (
+    BASE_COMPOSITION,
+    AdapterFilter,
+    Composition,
+    Generation,
+    Hit,
+    Mixer,
+    Ranking,
+    Request,
+    Sampling,
+)
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import WordEncoder
 
@@ -44,6 +56,30 @@ def retriever(tmp_path: Path, engine: FakeEngine) -> Iterator[LoraRetriever]:
         )
 
 
+class ScriptedRetriever:
+    """Finds the same for every prompt, and notes what it was asked."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self.ranking = ranking
+        self.asked: list[tuple[int, AdapterFilter]] = []
+
+    def rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = AdapterFilter()) -> list[Ranking]:  # noqa: B008
+        self.asked.append((k, wanted))
+        return [self.ranking] * len(prompts)
+
+
+Scripted = Callable[..., LoraRetriever]
+
+
+@pytest.fixture
+def scripted(retriever: LoraRetriever, engine: FakeEngine) -> Scripted:
+    def make(ranking: Ranking, **settings: Any) -> LoraRetriever:
+        found = ScriptedRetriever(ranking)
+        return LoraRetriever(retriever.pool, Settings(**settings), lambda pool, s: found, lambda pool, s: engine)
+
+    return make
+
+
 def test_completions_come_in_the_prompts_order_with_all_that_led_to_them(retriever: LoraRetriever) -> None:
     prompts = ["translate the query", "add numbers"]
     completions = retriever.generate(prompts, k=2, strategy="fusion", weighting="uniform", threshold=-1)
@@ -58,20 +94,92 @@ def test_completions_come_in_the_prompts_order_with_all_that_led_to_them(retriev
         assert not completion.fallback
 
 
-def test_the_default_weights_follow_the_scores(retriever: LoraRetriever) -> None:
-    composition = retriever.generate(["add the numbers"])[0].composition
-    assert composition.strategy == "mixture" and composition.adapters[0] == "math"
+def test_the_default_weights_follow_the_logits(retriever: LoraRetriever) -> None:
+    (completion,) = retriever.generate(["add numbers write query"])
+    composition = completion.composition
+    powers = [math.exp(hit.score / 0.05) for hit in completion.hits[:2]]
+    assert composition.strategy == "mixture" and set(composition.adapters) == {"math", "sql"}
+    assert composition.weights == pytest.approx([power / sum(powers) for power in powers])
     assert sum(composition.weights) == pytest.approx(1)
     assert list(composition.weights) == sorted(composition.weights, reverse=True)
 
 
-def test_hits_below_the_threshold_are_shown_but_not_used(retriever: LoraRetriever) -> None:
+def test_where_none_fits_hits_are_shown_but_not_used(retriever: LoraRetriever) -> None:
     (completion,) = retriever.generate(["add the numbers"], threshold=0.9)
     assert len(completion.hits) == 3
     assert completion.composition.adapters == ("math",) and not completion.fallback
+    assert completion.fit == pytest.approx(1, abs=1e-5) and completion.threshold == 0.9
     (completion,) = retriever.generate(["entirely something else"], threshold=0.9)
     assert len(completion.hits) == 3
     assert completion.composition == BASE_COMPOSITION and completion.fallback and completion.text == "base"
+
+
+def test_the_threshold_of_the_call_of_the_settings_and_of_the_retriever(scripted: Scripted) -> None:
+    for fit, setting, asked, fallback in [
+        (0.3, None, None, False),
+        (0.29, None, None, True),
+        (0.3, 0.5, None, True),
+        (0.5, 0.5, None, False),
+        (0.5, 0.5, 0.6, True),
+        (0.1, 0.5, 0.0, False),
+        (-1.0, None, -1.0, False),
+    ]:
+        hits = (Hit("sql", 0.2, 0.0),)
+        retriever = scripted(Ranking(hits, fit, 0.3), threshold=setting)
+        (route,) = retriever.route(["a"], threshold=asked)
+        assert route.fallback == fallback and route.fit == fit
+        assert route.threshold == (asked if asked is not None else setting if setting is not None else 0.3)
+        assert retriever.compose(route).adapters == (() if fallback else ("sql",))
+
+
+def test_no_hits_are_a_fallback_whatever_the_threshold(scripted: Scripted) -> None:
+    (route,) = scripted(Ranking((), 0.0, -1.0)).route(["a"], threshold=-5)
+    assert route.fallback
+
+
+@pytest.mark.parametrize(
+    ("coverage", "used"), [(0.95, ("sql", "german")), (1.0, ("sql", "german", "math")), (0.5, ("sql",))]
+)
+def test_of_the_hits_those_are_used_that_carry_the_weight(
+    scripted: Scripted, coverage: float, used: tuple[str, ...]
+) -> None:
+    """Weights 0.7, 0.27, 0.03."""
+    hits = tuple(Hit(name, 0.1, math.log(w)) for name, w in [("sql", 0.7), ("german", 0.27), ("math", 0.03)])
+    retriever = scripted(Ranking(hits, 1.0, 0.0), coverage=coverage)
+    (route,) = retriever.route(["a"])
+    composition = retriever.compose(route)
+    assert route.hits == hits and composition.adapters == used
+    weights = [0.7, 0.27, 0.03][: len(used)]
+    assert composition.weights == pytest.approx([weight / sum(weights) for weight in weights])
+    assert retriever.compose(route, weighting="uniform").adapters == ("sql", "german", "math"), "equal weights stay"
+    assert retriever.compose(route, strategy="selection").adapters == ("sql",)
+
+
+def test_filters_reach_the_retriever(scripted: Scripted) -> None:
+    retriever = scripted(Ranking((), 0.0, 0.0))
+    retriever.route(["a"], k=7, exclude=["x"], only=["y", "y"], tags=["t"], tenant="us")
+    retriever.generate(["a"], tags=["t"], tenant="us")
+    retriever.route(["a"])
+    assert retriever.retriever.asked == [  # type: ignore[attr-defined]
+        (7, AdapterFilter(frozenset({"x"}), frozenset({"y"}), frozenset({"t"}), "us")),
+        (3, AdapterFilter(tags=frozenset({"t"}), tenant="us")),
+        (3, AdapterFilter()),
+    ]
+
+
+def test_explain_asks_the_hybrid_and_refuses_for_the_papers(retriever: LoraRetriever) -> None:
+    with pytest.raises(InvalidInputError, match="cannot explain"):
+        retriever.explain(["a"])
+    hybrid = LoraRetriever(
+        retriever.pool,
+        Settings(),
+        lambda pool, settings: HybridRetriever(pool, lambda name: WordEncoder()),
+        lambda pool, settings: pytest.fail("no engine is needed"),
+    )
+    (reason,) = hybrid.explain(["add the numbers"], k=2, exclude=["sql"])
+    (route,) = hybrid.route(["add the numbers"], k=2, exclude=["sql"])
+    assert [hit.adapter for hit in reason.hits] == ["math", "german"] == [hit.adapter for hit in route.hits]
+    assert (reason.fit, reason.threshold) == (route.fit, route.threshold)
 
 
 def test_excluded_adapters_are_not_used(retriever: LoraRetriever) -> None:

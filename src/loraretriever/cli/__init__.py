@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from loraretriever import __version__, console
+from loraretriever.cli.bench import bench_app
 from loraretriever.cli.feedback import feedback_app
 from loraretriever.cli.options import (
     BaseModelOption,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(pool_app, name="pool")
 app.add_typer(feedback_app, name="feedback")
+app.add_typer(bench_app, name="bench")
 app.command("train-retriever")(train_retriever)
 
 

@@ -26,7 +26,8 @@ OnlyOption = Annotated[list[str] | None, typer.Option(help="The only adapters th
 TagOption = Annotated[list[str] | None, typer.Option("--tag", help="Only adapters with this tag (repeatable: all).")]
 TenantOption = Annotated[str | None, typer.Option(help="Only this tenant's adapters and those of none.")]
 RetrieverOption = Annotated[
-    str | None, typer.Option(help="hybrid, dense, sparse, dense+sparse or paper.", show_default="hybrid")
+    str | None,
+    typer.Option(help="hybrid, dense, sparse, sparse-centroid, dense+sparse or paper.", show_default="hybrid"),
 ]
 EncoderOption = Annotated[
     str | None, typer.Option(help="Sentence encoder: a folder or a hub id.", show_default="the pool's")

@@ -37,6 +37,11 @@ class PoolBase:
         return self._layout.root
 
     @property
+    def state_folder(self) -> Path:
+        """The folder of the database, where what is derived from the pool may be kept too."""
+        return self._layout.state
+
+    @property
     def change(self) -> int:
         """A number that grows with each committed change to adapters or samples, by any process."""
         with self._database.read() as session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from loraretriever.retrieve import sparse
 from loraretriever.retrieve.encoder import Vectors
 from loraretriever.retrieve.model import DENSE, SPARSE, Member, Model
-from loraretriever.retrieve.vectors import VectorIndex, build
+from loraretriever.retrieve.vectors import VectorIndex, build_or_load
 from loraretriever.types import AdapterFilter
 
 Floats = NDArray[np.float32]
@@ -20,16 +21,17 @@ Ints = NDArray[np.int64]
 
 # Up to this many members all are scored; of more, those whose means are nearest.
 SCORE_ALL = 1000
-CANDIDATES = 128
+CANDIDATES = 64
+MAX_TERMS = 256  # of each of many members
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
-    """One prompt. Shape: vector (d,), point (reduced,), terms (1, buckets)."""
+    """One prompt. Shape: vector (d,), point (reduced,)."""
 
     vector: Vectors
     point: Vectors
-    terms: sparse.Rows
+    terms: sparse.TermVector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +53,12 @@ class Scores:
 class Block:
     """The means, term centroids and counter samples of some members."""
 
-    def __init__(self, members: Sequence[Member], model: Model) -> None:
-        """Compile; at least one member."""
+    def __init__(self, members: Sequence[Member], model: Model, index_folder: Path | None = None) -> None:
+        """Compile; at least one member. The index over many is kept in the folder."""
         self.members = tuple(members)
         self.row = {member.name: row for row, member in enumerate(members)}
         self._model = model
-        self._means = _Means(members, model)
+        self._means = _Means(members, model, index_folder)
         self._knows_head = model.head is not None and tuple(self.row) == model.names
         self._term_rows: sparse.Rows = None
         self._terms_by_term: sparse.Rows = None
@@ -66,6 +68,8 @@ class Block:
             self._term_rows = sparse.centroids(weighted, owners, len(members))
             if len(members) <= SCORE_ALL:
                 self._terms_by_term = self._term_rows.T.tocsr()
+            else:
+                self._term_rows = sparse.heaviest(self._term_rows, MAX_TERMS)
         self._counters = _Counters(members, model)
         self._places = _Places(members)
 
@@ -84,16 +88,16 @@ class Block:
         if not self._model.parts.sparse:
             return np.zeros(len(members), dtype=np.float32)
         if self._knows_head and self._model.head is not None:
-            values = self._model.head(query.terms)[0, members]
+            values = self._model.head(query.terms)[members]
         elif self._terms_by_term is not None:
-            values = sparse.products(query.terms, self._terms_by_term)[0, members]
+            values = query.terms.times_columns(self._terms_by_term)[members]
         else:
-            values = sparse.products(query.terms, self._term_rows[members].T.tocsr())[0]
+            values = query.terms.times_rows(self._term_rows, members)
         return np.asarray(np.float32(SPARSE) * values)
 
     def term_parts(self, query: Query, member: int) -> Floats:
         """What each of the query's terms, in the order of its indices, adds to the sparse part."""
-        values, columns = query.terms.data, query.terms.indices
+        values, columns = query.terms.values, query.terms.buckets
         if not self._model.parts.sparse:
             return np.zeros(len(columns), dtype=np.float32)
         if self._knows_head and self._model.head is not None:
@@ -106,7 +110,7 @@ class Block:
 class _Means:
     """Every member's means, in the space that is searched and as directions in the encoder's."""
 
-    def __init__(self, members: Sequence[Member], model: Model) -> None:
+    def __init__(self, members: Sequence[Member], model: Model, index_folder: Path | None) -> None:
         found = [_means_of(member, model) for member in members]
         stacked = np.concatenate(found)
         self._counts = np.array([len(means) for means in found])
@@ -114,7 +118,8 @@ class _Means:
         self._starts = np.cumsum(self._counts) - self._counts
         self._directions = (stacked / np.linalg.norm(stacked, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
         self._points = model.dense.project(stacked)
-        self._index: VectorIndex | None = build(self._points) if len(members) > SCORE_ALL else None
+        many = len(members) > SCORE_ALL
+        self._index: VectorIndex | None = build_or_load(self._points, index_folder) if many else None
 
     def nearest(self, query: Query, allowed: Ints | None) -> tuple[Ints, Floats, Floats]:
         """Members, squared distances to their nearest means, greatest cosines."""
@@ -149,15 +154,18 @@ class _Counters:
     """Counter samples: a member loses what a counter sample of it scores.
 
     Semantics: logit' = logit - ln(1 + exp(max_c logit_c - logit)), where a counter sample c scores as if it were an
-    adapter with that one sample.
+    adapter with that one sample; and if the prompt is that sample, or nearly, logit' = logit - `_REFUSAL`.
     """
+
+    _SAME, _REFUSAL = 0.98, 20.0  # a cosine; nats
 
     def __init__(self, members: Sequence[Member], model: Model) -> None:
         self._owners = np.repeat(np.arange(len(members)), [len(member.counter_vectors) for member in members])
         self._parts = model.parts
         if len(self._owners):
             vectors = np.concatenate([member.counter_vectors for member in members])
-            self._points = model.dense.project(vectors.astype(np.float32))
+            self._directions = vectors.astype(np.float32)
+            self._points = model.dense.project(self._directions)
             self._by_term = model.weights(sparse.stack(member.counter_terms for member in members)).T.tocsr()
 
     def apply(self, query: Query, scores: Scores) -> Scores:
@@ -172,10 +180,13 @@ class _Counters:
         if self._parts.dense:
             against -= DENSE / 2 * np.vecdot(gaps, gaps)
         if self._parts.sparse:
-            against += SPARSE * sparse.products(query.terms, self._by_term)[0]
+            against += SPARSE * query.terms.times_columns(self._by_term)
         worst = np.full(len(scores.members), -np.inf)
         np.maximum.at(worst, place[known], against[known])
-        return replace(scores, penalty=np.logaddexp(0, worst - scores.logits).astype(np.float32))
+        penalty = np.logaddexp(0, worst - scores.logits)
+        same = known & (np.vecdot(self._directions, query.vector) >= self._SAME)
+        penalty[place[same]] += self._REFUSAL
+        return replace(scores, penalty=penalty.astype(np.float32))
 
 
 class _Places:
@@ -192,11 +203,14 @@ class _Places:
 
     def find(self, wanted: AdapterFilter, row: dict[str, int]) -> Ints | None:
         """The members that a filter lets through, ascending; None for all."""
-        if wanted not in self._found:
-            if len(self._found) >= self._REMEMBERED:
-                self._found = {}
-            self._found[wanted] = self._search(wanted, row)
-        return self._found[wanted]
+        remembered = self._found  # another thread may put an empty one in its place
+        if wanted in remembered:
+            return remembered[wanted]
+        found = self._search(wanted, row)
+        if len(remembered) >= self._REMEMBERED:
+            self._found = remembered = {}
+        remembered[wanted] = found
+        return found
 
     def _search(self, wanted: AdapterFilter, row: dict[str, int]) -> Ints | None:
         none = np.zeros(0, dtype=np.int64)

@@ -61,7 +61,7 @@ class DenseModel:
         self._strength = freedom + dimension / 2
         covariance = (scatter + dimension / 2 * variance * np.eye(dimension)) / self._strength
         self._whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T  # x @ whiten has unit covariance
-        self._basis = self._whiten @ _main_directions(self.means @ self._whiten)
+        self._basis = (self._whiten @ _main_directions(self.means @ self._whiten)).astype(np.float32)
 
     def project(self, vectors: Vectors | Floats) -> Vectors:
         """Into the space where squared Euclidean distances are searched. Shape: (n, d) -> (n, reduced)."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from loraretriever.retrieve.sparse import Rows, products
+from loraretriever.retrieve.sparse import Rows, TermVector, products
 
 MAX_SAMPLES = 3000  # the fit inverts a matrix of this size: about three seconds on two cores
 _PENALTY = 0.1
@@ -32,7 +32,7 @@ class RidgeHead:
         # The residual of a sample that was left out of the fit, in closed form.
         self.leave_one_out = np.eye(count)[labels] - solution / np.diag(inverse)[:, None]
 
-    def __call__(self, queries: Rows) -> NDArray[np.float32]:
-        """Shape: (q, BUCKETS) -> (q, count)."""
-        values = products(queries, self.rows_by_term) @ self.coefficients + np.float32(self.offset)
+    def __call__(self, query: TermVector) -> NDArray[np.float32]:
+        """The value of each adapter. Shape: (count,)."""
+        values = query.times_columns(self.rows_by_term) @ self.coefficients + np.float32(self.offset)
         return np.asarray(values, dtype=np.float32)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from loraretriever.pool import Pool
 from loraretriever.retrieve.encoder import Encoder
@@ -12,7 +13,7 @@ from loraretriever.retrieve.explain import Explanation, explain
 from loraretriever.retrieve.following import check_names, check_request, embed_missing
 from loraretriever.retrieve.model import Member, Parts
 from loraretriever.retrieve.snapshot import Ranked, Snapshot
-from loraretriever.types import AdapterFilter, Hit, Ranking
+from loraretriever.types import AdapterFilter, Hit, PoolEntry, Ranking
 
 _PORTION = 500  # adapters read from the pool at once
 
@@ -43,6 +44,7 @@ class HybridRetriever:
         parts: Parts = Parts(),  # noqa: B008 - frozen
         false_fallback: float = 0.01,
         drift: float = 0.07,
+        index_folder: Path | None = None,
     ) -> None:
         """Nothing is loaded before the first call.
 
@@ -53,11 +55,13 @@ class HybridRetriever:
             parts: which parts are at work.
             false_fallback: the share of prompts that have an adapter, which may be left to the base model.
             drift: how much lower the cosines of prompts in words of their own are than those of the samples.
+            index_folder: where the index over many adapters is kept; None: it is built anew.
         """
         self._pool = pool
         self._load_encoder = load_encoder
         self._parts = parts
         self._rates = false_fallback, drift
+        self._index_folder = index_folder
         self._lock = threading.Lock()  # over reading the pool and replacing the state
         self._state: _State | None = None
         self._thread: threading.Thread | None = None
@@ -99,16 +103,17 @@ class HybridRetriever:
             LoraRetrieverError: a new encoder cannot be used, or the pool cannot be read.
         """
         while True:
-            state = self._current()
-            thread = self._thread
-            if thread is None and self._is_settled(state):
-                return
-            if thread is not None:
-                thread.join()
+            self._current()
             with self._lock:
                 failure, self._failure = self._failure, None
+                if failure is None:
+                    self._begin_learning()
+                thread = self._thread
             if failure is not None:
                 raise failure
+            if thread is None:
+                return
+            thread.join()
 
     def _current(self) -> _State:
         """The state for the pool as it is now; what must be learnt for it is begun."""
@@ -121,10 +126,17 @@ class HybridRetriever:
                 self._state = self._read_all(self._load_encoder(name), name)
             else:
                 self._state = self._follow(self._state)
-            if self._thread is None and not self._is_settled(self._state):
-                self._thread = threading.Thread(target=self._learn, name="loraretriever-learning", daemon=True)
-                self._thread.start()
+            self._begin_learning()
             return self._state
+
+    def _begin_learning(self) -> None:
+        """In a thread, unless one is at work or all is learnt; the lock is held. What failed before is tried again."""
+        if self._thread is not None or self._state is None:
+            return
+        self._failure = None
+        if not self._is_settled(self._state):
+            self._thread = threading.Thread(target=self._learn, name="loraretriever-learning", daemon=True)
+            self._thread.start()
 
     def _is_settled(self, state: _State) -> bool:
         return state.is_learnt and state.encoder_name == self._pool.encoder
@@ -136,8 +148,8 @@ class HybridRetriever:
         members: dict[str, Member] = {}
         for start in range(0, len(names), _PORTION):
             _, entries = self._pool.entries(encoder.tag, names[start : start + _PORTION])
-            members |= {each.name: Member.of(each) for each in entries.values() if each.vectors is not None}
-        return _State(encoder, name, change, members, Snapshot.learnt(list(members.values()), self._parts), True)
+            members |= {each.name: Member.of(each) for each in entries.values() if _is_embedded(each)}
+        return _State(encoder, name, change, members, self._learnt(members), True)
 
     def _follow(self, state: _State) -> _State:
         """The state after what changed in the pool since."""
@@ -147,15 +159,18 @@ class HybridRetriever:
             return self._read_all(state.encoder, state.encoder_name)
         embed_missing(self._pool, state.encoder, names)
         _, entries = self._pool.entries(state.encoder.tag, names)
-        new = {name: Member.of(entry) for name, entry in entries.items() if entry.vectors is not None}
+        new = {name: Member.of(entry) for name, entry in entries.items() if _is_embedded(entry)}
         gone = names & state.members.keys() - entries.keys()
         if not new and not gone:
             return replace(state, change=change)
         members = {name: member for name, member in state.members.items() if name not in gone} | new
         snapshot = state.snapshot.changed(new, gone)
         is_learnt = snapshot is None
-        snapshot = snapshot or Snapshot.learnt(list(members.values()), self._parts)
+        snapshot = snapshot or self._learnt(members)
         return replace(state, change=change, members=members, snapshot=snapshot, is_learnt=is_learnt)
+
+    def _learnt(self, members: Mapping[str, Member]) -> Snapshot:
+        return Snapshot.learnt(list(members.values()), self._parts, self._index_folder)
 
     def _learn(self) -> None:
         """In a thread of its own, until there is nothing left to learn."""
@@ -164,23 +179,28 @@ class HybridRetriever:
             assert state is not None
             try:
                 learnt = self._learnt_from(state)
+                with self._lock:
+                    if self._state is state:
+                        self._state = learnt
+                    if self._state is not None and self._is_settled(self._state):
+                        self._thread = None
+                        return
             except Exception as error:  # told to whoever waits in `settle`; the state in force stays in force
                 with self._lock:
                     self._failure, self._thread = error, None
                 return
-            with self._lock:
-                if self._state is state:
-                    self._state = learnt
-                if self._state is not None and self._is_settled(self._state):
-                    self._thread = None
-                    return
 
     def _learnt_from(self, state: _State) -> _State:
         name = self._pool.encoder
         if name != state.encoder_name:
             return self._read_all(self._load_encoder(name), name)
-        snapshot = Snapshot.learnt(list(state.members.values()), self._parts)
+        snapshot = self._learnt(state.members)
         return replace(state, snapshot=snapshot, is_learnt=True)
+
+
+def _is_embedded(entry: PoolEntry) -> bool:
+    """Whether all samples and counter samples have a vector; some may have come since vectors were last made."""
+    return entry.vectors is not None and entry.counter_vectors is not None
 
 
 def _hits(found: Ranked, k: int) -> tuple[Hit, ...]:

@@ -42,18 +42,23 @@ def load_retriever(pool: Pool, settings: Settings) -> Retriever:
     def load(pool_encoder: str | None) -> Encoder:
         return hybrid_encoder(settings.encoder or pool_encoder, settings)
 
-    return HybridRetriever(pool, load, PARTS[settings.retriever], settings.false_fallback, settings.drift)
+    parts = PARTS[settings.retriever]
+    folder = pool.state_folder / "index"
+    return HybridRetriever(pool, load, parts, settings.false_fallback, settings.drift, folder)
 
 
 def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:
     """The encoder as the hybrid reads it: short windows, several layers, and no instruction unless trained with one."""
     name = name or DEFAULT_ENCODER
+    precision = settings.precision
+    if precision == "auto":
+        precision = "int8" if settings.device == "cpu" else "float32"
     encoder = SentenceEncoder(
         name,
         _instruction(name, settings, ""),
         settings.device,
         max_tokens=settings.max_tokens,
-        precision=settings.precision,
+        precision=precision,
         layers="thirds",
     )
     return CachingEncoder(encoder)

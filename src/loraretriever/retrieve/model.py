@@ -192,7 +192,7 @@ def _cosines(products: Floats, squares: Floats, owners: NDArray[np.int64]) -> Fl
     lengths[own] += 1 - 2 * products[own]
     products = products.astype(np.float64)
     products[own] -= 1
-    return np.asarray(products / np.sqrt(np.maximum(lengths, 1e-12)))
+    return np.asarray(np.clip(products / np.sqrt(np.maximum(lengths, 1e-12)), -1, 1))  # of half precision
 
 
 def _repeated(owners: NDArray[np.int64], *scores: Floats) -> tuple[Floats, NDArray[np.int64], Floats]:

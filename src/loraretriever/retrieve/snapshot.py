@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from loraretriever.retrieve import sparse
 from loraretriever.retrieve.block import Block, Query, Scores
 from loraretriever.retrieve.encoder import Vectors
 from loraretriever.retrieve.model import Member, Model, Parts, learn
@@ -39,13 +39,13 @@ class Snapshot:
         self._model, self._main, self._added, self._gone = model, main, added, gone
 
     @classmethod
-    def learnt(cls, members: Sequence[Member], parts: Parts) -> Snapshot:
-        """Learn from all members, in the order of their names."""
+    def learnt(cls, members: Sequence[Member], parts: Parts, index_folder: Path | None = None) -> Snapshot:
+        """Learn from all members, in the order of their names. The index over many is kept in the folder."""
         if not members:
             return cls(None, None, None, frozenset())
         ordered = sorted(members, key=lambda member: member.name)
         model = learn(ordered, parts)
-        return cls(model, Block(ordered, model), None, frozenset())
+        return cls(model, Block(ordered, model, index_folder), None, frozenset())
 
     def changed(self, members: Mapping[str, Member], removed: Collection[str]) -> Snapshot | None:
         """The snapshot after members were added or revised, and others removed; None if all must be learnt anew."""
@@ -76,10 +76,10 @@ class Snapshot:
         blocks = [(self._main, self._main.allowed(hidden))]
         if self._added is not None:
             blocks.append((self._added, self._added.allowed(wanted)))
-        points, rows = self._model.dense.project(vectors), self._model.weights(sparse.count_terms(texts))
+        points = self._model.dense.project(vectors)
         found = []
         for position, vector in enumerate(vectors):
-            query = Query(vector, points[position], rows[[position]])
+            query = Query(vector, points[position], self._model.weights.read(texts[position]))
             found.append(self._join([(block, block.score(query, allowed)) for block, allowed in blocks]))
         return found
 
@@ -87,9 +87,9 @@ class Snapshot:
         """What each term of a text, by its bucket, adds to the sparse part of a member's logit."""
         assert self._model is not None and self._main is not None
         block = self._added if self._added is not None and name in self._added.row else self._main
-        rows = self._model.weights(sparse.count_terms([text]))
-        parts = block.term_parts(Query(_EMPTY32, _EMPTY32, rows), block.row[name]) / self._model.calibration.temperature
-        return dict(zip(rows.indices.tolist(), parts.tolist(), strict=True))
+        read = self._model.weights.read(text)
+        parts = block.term_parts(Query(_EMPTY32, _EMPTY32, read), block.row[name]) / self._model.calibration.temperature
+        return dict(zip(read.buckets.tolist(), parts.tolist(), strict=True))
 
     def _join(self, parts: Sequence[tuple[Block, Scores]]) -> Ranked:
         assert self._model is not None

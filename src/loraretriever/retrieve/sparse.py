@@ -6,9 +6,12 @@ Terms are hashed, so there is no vocabulary to keep, and a term's number is the 
 from __future__ import annotations
 
 import re
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,50 @@ def stack(rows: Iterable[Rows]) -> Rows:
     return sparse.csr_array(sparse.vstack(list(rows), format="csr"))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TermVector:
+    """One text's weighted terms, of length 1: their buckets and their values. Shape: (terms,) each."""
+
+    buckets: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    def times_columns(self, by_term: Rows) -> NDArray[np.float32]:
+        """Inner products with rows that are given by term. Shape: by_term (BUCKETS, n) -> (n,)."""
+        starts, ends = by_term.indptr[self.buckets], by_term.indptr[self.buckets + 1]
+        places = _ranges(starts, ends)
+        values = by_term.data[places] * np.repeat(self.values, ends - starts)
+        found = np.bincount(by_term.indices[places], values, minlength=by_term.shape[1])
+        return found.astype(np.float32)
+
+    def times_rows(self, rows: Rows, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Inner products with some of many rows. Shape: rows (n, BUCKETS), chosen (c,) -> (c,)."""
+        columns, values = rows.indices, rows.data
+        table = _table()
+        table[self.buckets] = self.values
+        found = np.empty(len(chosen), dtype=np.float32)
+        for place, (start, end) in enumerate(zip(rows.indptr[chosen], rows.indptr[chosen + 1], strict=True)):
+            found[place] = table.take(columns[start:end]) @ values[start:end]
+        table[self.buckets] = 0
+        return found
+
+
+def _ranges(starts: NDArray[Any], ends: NDArray[Any]) -> NDArray[Any]:
+    """The numbers from each start up to its end, one range after the other."""
+    counts = ends - starts
+    return np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+
+
+_local = threading.local()
+
+
+def _table() -> NDArray[np.float32]:
+    """This thread's zeros, a place for each bucket; whoever writes into them cleans up."""
+    if not hasattr(_local, "table"):
+        _local.table = np.zeros(BUCKETS, dtype=np.float32)
+    table: NDArray[np.float32] = _local.table
+    return table
+
+
 class TermWeights:
     """How much each term counts: ln((1 + texts) / (1 + texts with it)) + 1, as scikit-learn's `smooth_idf`."""
 
@@ -62,6 +109,13 @@ class TermWeights:
         """From the terms of all samples."""
         frequencies = np.bincount(counted.indices, minlength=BUCKETS)
         self._idf = (np.log((1 + counted.shape[0]) / (1 + frequencies)) + 1).astype(np.float32)
+
+    def read(self, text: str) -> TermVector:
+        """A text's weighted terms."""
+        found = Counter(map(bucket, terms(text)))
+        buckets = np.fromiter(found.keys(), np.int32, len(found))
+        values = (1 + np.log(np.fromiter(found.values(), np.float32, len(found)))) * self._idf[buckets]
+        return TermVector(buckets, values / max(float(np.sqrt(values @ values)), 1e-12))
 
     def __call__(self, counted: Rows) -> Rows:
         """Weighted rows of length 1."""
@@ -92,6 +146,18 @@ def membership(owners: NDArray[np.int64], count: int) -> Any:
 def products(queries: Rows, rows_by_term: Rows) -> NDArray[np.float32]:
     """All inner products. Shape: queries (q, BUCKETS), rows transposed (BUCKETS, n) -> (q, n)."""
     return np.asarray((queries @ rows_by_term).toarray(), dtype=np.float32)
+
+
+def heaviest(rows: Rows, most: int) -> Rows:
+    """The rows with at most this many terms each, those of the greatest weight; of length 1 again."""
+    kept = []
+    for start, end in pairwise(rows.indptr):
+        order = np.argsort(-rows.data[start:end], kind="stable")[:most]
+        kept.append(start + np.sort(order))
+    places = np.concatenate(kept)
+    ends = np.cumsum([0, *map(len, kept)]).astype(np.int32)
+    short = sparse.csr_array((rows.data[places], rows.indices[places], ends), rows.shape)
+    return _scaled(short, 1 / lengths(short))
 
 
 def _scaled(rows: Rows, factors: NDArray[Any]) -> Rows:

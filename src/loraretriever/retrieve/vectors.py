@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -177,6 +178,21 @@ class _Stamp(BaseModel):
     bytes: int
     sha256: str
     arrays: dict[str, _Array]
+
+
+def build_or_load(vectors: NDArray[Any], folder: Path | None) -> VectorIndex:
+    """As `build`; an approximate index is kept in the folder, and taken from there if it is of these vectors."""
+    if folder is None or vectors.size <= EXACT_LIMIT:
+        return build(vectors)
+    tag = hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()
+    found: VectorIndex | None = load(folder, tag)
+    if found is not None:
+        return found
+    index = build(vectors)
+    if isinstance(index, ApproximateIndex):
+        with suppress(OSError):  # a folder that cannot be written to: it is built anew each time
+            save(index, folder, tag)
+    return index
 
 
 def save(index: ExactIndex | ApproximateIndex, folder: Path, tag: str = "") -> None:

@@ -7,11 +7,11 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from loraretriever.compose import compose_explicit, get_strategy, strategies, strategy_names, weigh
+from loraretriever.compose import compose_explicit, cover, get_strategy, strategies, strategy_names, weigh
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Composition, Hit, Mixer
 
-HITS = [Hit("a", 0.9), Hit("b", 0.7), Hit("c", 0.6)]
+HITS = [Hit("a", 0.9, 2.5), Hit("b", 0.7, 1.0), Hit("c", 0.6, -0.5)]
 
 
 def test_selection_takes_the_best() -> None:
@@ -27,11 +27,42 @@ def test_uniform_weights() -> None:
     assert weigh(HITS, "uniform", 1.0) == (1 / 3,) * 3
 
 
-def test_score_weights_are_a_softmax() -> None:
-    powers = [math.exp(hit.score / 0.1) for hit in HITS]
-    assert weigh(HITS, "score", 0.1) == pytest.approx([power / sum(powers) for power in powers])
+def test_score_weights_are_a_softmax_of_the_logits() -> None:
+    powers = [math.exp(hit.logit / 0.7) for hit in HITS]
+    assert weigh(HITS, "score", 0.7) == pytest.approx([power / sum(powers) for power in powers])
     assert weigh(HITS, "score", 1e-9) == pytest.approx([1, 0, 0])
-    assert weigh([Hit("a", 5000.0), Hit("b", 4999.0)], "score", 1e-3) == pytest.approx([1, 0])
+    assert weigh([Hit("a", 0.5, 5000.0), Hit("b", 0.5, 4999.0)], "score", 1e-3) == pytest.approx([1, 0])
+    shifted = [Hit(hit.adapter, hit.score, hit.logit - 3000) for hit in HITS]
+    assert weigh(shifted, "score", 1.0) == pytest.approx(weigh(HITS, "score", 1.0)), "only differences count"
+    assert weigh(HITS[:1], "score", 1.0) == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("weights", "coverage", "kept"),
+    [
+        ((0.6, 0.3, 0.1), 0.95, (0, 1, 2)),
+        ((0.6, 0.3, 0.1), 0.9, (0, 1)),
+        ((0.6, 0.3, 0.1), 0.61, (0, 1)),
+        ((0.6, 0.3, 0.1), 0.6, (0,)),
+        ((0.6, 0.3, 0.1), 1e-6, (0,)),
+        ((0.6, 0.3, 0.1), 1.0, (0, 1, 2)),
+        ((0.1, 0.3, 0.6), 0.9, (2, 1)),
+        ((1.0, 0.0, 0.0), 1.0, (0,)),
+        ((1 / 3, 1 / 3, 1 / 3), 0.5, (0, 1, 2)),
+    ],
+)
+def test_cover_keeps_the_fewest_hits_that_have_the_share(
+    weights: tuple[float, ...], coverage: float, kept: tuple[int, ...]
+) -> None:
+    hits, left = cover(HITS, weights, coverage)
+    assert hits == tuple(HITS[i] for i in kept)
+    share = sum(weights[i] for i in kept)
+    assert left == pytest.approx([weights[i] / share for i in kept])
+    assert sum(left) == pytest.approx(1)
+
+
+def test_cover_of_one_hit() -> None:
+    assert cover(HITS[:1], (1.0,), 0.95) == ((HITS[0],), (1.0,))
 
 
 @pytest.mark.parametrize(("weighting", "temperature"), [("best", 1.0), ("score", 0.0), ("score", math.nan)])

@@ -304,3 +304,22 @@ def test_threads_get_what_one_gets(exact_limit: int) -> None:
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_an_approximate_index_is_kept_and_taken_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    monkeypatch.setattr(vectors, "EXACT_LIMIT", 100)
+    monkeypatch.setattr(vectors, "build", lambda points: ApproximateIndex.build(points))
+    first = vectors.build_or_load(rows, tmp_path)
+    assert isinstance(first, ApproximateIndex) and any(tmp_path.iterdir())
+    monkeypatch.setattr(vectors, "build", None)  # nothing is built for the same vectors
+    again = vectors.build_or_load(rows, tmp_path)
+    assert np.array_equal(again.search(rows[:5], 3)[0], first.search(rows[:5], 3)[0])
+    built: list[int] = []
+    monkeypatch.setattr(vectors, "build", lambda points: built.append(1) or ApproximateIndex.build(points))
+    next(tmp_path.glob("vectors-*.bin")).write_bytes(b"damaged")
+    assert vectors.build_or_load(rows, tmp_path).rows == 600 and built, "a damaged one is built anew"
+    vectors.build_or_load(rows + 1, tmp_path)
+    assert len(built) == 2, "other vectors need another index"
