@@ -197,8 +197,8 @@ class Workbench:
         if source not in self._encoders:
             instruction = self.settings.instruction if source.instruction is None else source.instruction
             load = paper_encoder if source.is_paper else hybrid_encoder
-            encoder = load(source.encoder or DEFAULT_ENCODER, replace(self.settings, instruction=instruction))
-            self._encoders[source] = encoder._encoder if isinstance(encoder, CachingEncoder) else encoder
+            settings = replace(self.settings, instruction=instruction)
+            self._encoders[source] = load(source.encoder or DEFAULT_ENCODER, settings)
         return self._encoders[source]
 
     def _retriever(self, method: Method, pool: MemoryPool, encoder: Encoder) -> Retriever:

@@ -27,7 +27,7 @@ MAX_TERMS = 256  # of each of many members
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
-    """One prompt. Shape: vector (d,), point (reduced,)."""
+    """One prompt. Shape: vector (d,), point (reduced + 1,)."""
 
     vector: Vectors
     point: Vectors
@@ -111,13 +111,13 @@ class _Means:
     """Every member's means, in the space that is searched and as directions in the encoder's."""
 
     def __init__(self, members: Sequence[Member], model: Model, index_folder: Path | None) -> None:
-        found = [_means_of(member, model) for member in members]
+        found, sizes = zip(*(_means_of(member, model) for member in members), strict=True)
         stacked = np.concatenate(found)
         self._counts = np.array([len(means) for means in found])
         self._owners = np.repeat(np.arange(len(members)), self._counts)
         self._starts = np.cumsum(self._counts) - self._counts
         self._directions = (stacked / np.linalg.norm(stacked, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
-        self._points = model.dense.project(stacked)
+        self._points = model.dense.place(stacked, np.concatenate(sizes))
         many = len(members) > SCORE_ALL
         self._index: VectorIndex | None = build_or_load(self._points, index_folder) if many else None
 
@@ -145,9 +145,12 @@ class _Means:
         return np.asarray(np.repeat(self._starts[members], counts) + within)
 
 
-def _means_of(member: Member, model: Model) -> NDArray[np.float64]:
+def _means_of(member: Member, model: Model) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shape: (means, d), (means,): how many samples each is the mean of."""
     labels = model.labels(member)
-    return np.stack([member.vectors[labels == each].mean(axis=0, dtype=np.float64) for each in range(labels.max() + 1)])
+    groups = [member.vectors[labels == each] for each in range(labels.max() + 1)]
+    means = np.stack([group.mean(axis=0, dtype=np.float64) for group in groups])
+    return means, np.array([len(group) for group in groups], dtype=np.float64)
 
 
 class _Counters:
@@ -165,7 +168,7 @@ class _Counters:
         if len(self._owners):
             vectors = np.concatenate([member.counter_vectors for member in members])
             self._directions = vectors.astype(np.float32)
-            self._points = model.dense.project(self._directions)
+            self._points = model.dense.place(self._directions, np.ones(len(self._directions)))
             self._by_term = model.weights(sparse.stack(member.counter_terms for member in members)).T.tocsr()
 
     def apply(self, query: Query, scores: Scores) -> Scores:

@@ -11,7 +11,8 @@ from scipy import optimize, special
 Floats = NDArray[np.float64]
 
 # Where a pool has too few samples to tell: about what the demo's pool and the paper's 48 tasks gave.
-_SLOPE, _MIDDLE, _LEAST_COSINE = 25.0, 0.75, 0.65
+_SLOPE, _MIDDLE, _LEAST_COSINE = 25.0, 0.66, 0.65
+_OFF_TOPIC = 0.1  # the share of prompts that no adapter is meant for, assumed: no pool can tell
 _LEAST_SAMPLES = 20
 _FIRMNESS = 20.0  # how many samples' worth the values above count
 
@@ -52,7 +53,8 @@ def calibrate(logits: Floats, own: NDArray[np.int64], cosines: Floats) -> Calibr
         own: each sample's adapter. Shape: (n,).
         cosines: with each adapter's mean, the sample left out. Shape: (n, adapters).
 
-    In-pool prompts are the samples; out-of-pool ones the same samples with their own adapter hidden.
+    In-pool prompts are the samples; out-of-pool ones, taken for one prompt in ten, the same samples with their own
+    adapter hidden.
     """
     if len(own) < _LEAST_SAMPLES or logits.shape[1] < 2:
         return Calibration()
@@ -80,10 +82,11 @@ def _logistic(inside: Floats, outside: Floats) -> tuple[float, float]:
     """Slope and middle of the logistic curve that tells the two apart, drawn towards the defaults."""
     values = np.concatenate([inside, outside])
     signs = np.concatenate([np.ones(len(inside)), -np.ones(len(outside))])
+    weights = np.where(signs > 0, 1, _OFF_TOPIC / (1 - _OFF_TOPIC))
 
     def loss(parameters: Floats) -> float:
         slope, middle = np.exp(parameters[0]), parameters[1]
-        likelihood = -np.logaddexp(0, -signs * slope * (values - middle)).sum()
+        likelihood = -(weights * np.logaddexp(0, -signs * slope * (values - middle))).sum()
         prior = (parameters[0] - np.log(_SLOPE)) ** 2 + ((middle - _MIDDLE) * 10) ** 2
         return float(-likelihood + _FIRMNESS * prior)
 

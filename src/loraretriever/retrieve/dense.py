@@ -13,7 +13,7 @@ from loraretriever.retrieve.encoder import Vectors
 
 Floats = NDArray[np.float64]
 
-MAX_DIMENSION = 256  # of the space that is searched
+MAX_DIMENSION = 256  # of the space that is searched, without the coordinate that `place` adds
 _PRIOR_VARIANCE, _PRIOR_COUNT = 0.4, 10  # of unit vectors around their mean, summed over dimensions
 
 
@@ -48,6 +48,9 @@ class DenseModel:
     Semantics: ln p(x | a) = -½ (x - μ_a)ᵀ Σ⁻¹ (x - μ_a) + const, Σ = (W + ν σ² I) / (n - C + ν): the scatter W of the
     samples around their means, drawn towards a sphere as if ν = d/2 samples had shown it. Few samples: nearly the
     Euclidean distance; many: Fisher's discriminant.
+
+    The mean of m samples misses the true one, which makes it look t / m further away than it is, t being the trace of
+    Σ⁻¹ and the covariance W / (n - C); this is taken off, so that adapters with few samples are not at a disadvantage.
     """
 
     def __init__(self, moments: Moments) -> None:
@@ -61,17 +64,31 @@ class DenseModel:
         self._strength = freedom + dimension / 2
         covariance = (scatter + dimension / 2 * variance * np.eye(dimension)) / self._strength
         self._whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T  # x @ whiten has unit covariance
+        self._counts = moments.counts
+        shrunk = self._strength * dimension - dimension / 2 * variance * float((self._whiten**2).sum())
+        self.excess = max(shrunk / freedom, 0.0) if freedom else float(dimension)  # t
         self._basis = (self._whiten @ _main_directions(self.means @ self._whiten)).astype(np.float32)
 
     def project(self, vectors: Vectors | Floats) -> Vectors:
-        """Into the space where squared Euclidean distances are searched. Shape: (n, d) -> (n, reduced)."""
-        return np.asarray(vectors @ self._basis, dtype=np.float32)
+        """Prompts, into the space where squared distances are searched. Shape: (n, d) -> (n, reduced + 1)."""
+        points = np.zeros((len(vectors), self._basis.shape[1] + 1), dtype=np.float32)
+        np.matmul(vectors, self._basis, out=points[:, :-1], casting="same_kind")
+        return points
+
+    def place(self, means: Vectors | Floats, counts: Floats) -> Vectors:
+        """Means of so many samples each, into the same space. Shape: (n, d), (n,) -> (n, reduced + 1).
+
+        The last coordinate, which is 0 for prompts, makes all distances greater by t - t / m.
+        """
+        points = self.project(means)
+        points[:, -1] = np.sqrt(self.excess * (1 - 1 / counts))
+        return points
 
     def leave_one_out(self, vectors: Vectors, labels: NDArray[np.int64]) -> Floats:
-        """Each sample's squared distance to all means, as if it had not been among the samples.
+        """Each sample's squared distance to all placed means, as if it had not been among the samples.
 
-        Shape: vectors (n, d), labels (n,) -> (n, means). Exact but for σ², which is kept: the mean of m samples moves
-        by (μ - x) / (m - 1), the inverse covariance by a product of rank one (Sherman and Morrison). A mean of a
+        Shape: vectors (n, d), labels (n,) -> (n, means). Exact but for σ² and t, which are kept: the mean of m samples
+        moves by (μ - x) / (m - 1), the inverse covariance by a product of rank one (Sherman and Morrison). A mean of a
         single sample stays as it is.
         """
         z, means = vectors @ self._whiten, self.means @ self._whiten
@@ -84,7 +101,10 @@ class DenseModel:
         along = (step * z).sum(1)[:, None] - step @ means.T
         along[own] *= grow
         left = 1 - (step * step).sum(1)
-        return np.asarray((squares + along**2 / left[:, None]) * (self._strength - 1) / self._strength)
+        squares = (squares + along**2 / left[:, None]) * (self._strength - 1) / self._strength
+        fewer = np.broadcast_to(self._counts, squares.shape).copy()
+        fewer[own] = np.maximum(counts - 1, 1)
+        return np.asarray(squares + self.excess * (1 - 1 / fewer))
 
 
 def _main_directions(means: Floats) -> Floats:

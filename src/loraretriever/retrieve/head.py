@@ -15,15 +15,19 @@ _PENALTY = 0.1
 class RidgeHead:
     """Learns which terms tell the adapters apart, where centroids only know how often a term is used.
 
-    Semantics: f(x) = 1/C + k(x)ᵀ (K + λI)⁻¹ (Y - 1/C), with the rows' inner products K and Y one where a sample
-    belongs to an adapter. Words that no sample has leave f at 1/C for all adapters, so that they decide nothing.
+    Semantics: f(x) = 1/C + k(x)ᵀ (K + λD)⁻¹ (Y - 1/C), with the rows' inner products K and Y one where a sample
+    belongs to an adapter. D is diagonal, the number of samples of a sample's adapter relative to the mean: adapters
+    with few samples are not outvoted. Words that no sample has leave f at 1/C for all adapters, so that they decide
+    nothing.
     """
 
     def __init__(self, rows: Rows, labels: NDArray[np.int64], count: int) -> None:
         """Fit. Shape: rows (n, BUCKETS) of length 1, labels (n,) below `count`."""
         by_term = rows.T.tocsr()
         kernel = products(rows, by_term).astype(np.float64)
-        inverse = linalg.inv(kernel + _PENALTY * np.eye(len(labels)), overwrite_a=True, check_finite=False)
+        sizes = np.bincount(labels, minlength=count)[labels]
+        penalties = _PENALTY * sizes / sizes.mean()
+        inverse = linalg.inv(kernel + np.diag(penalties), overwrite_a=True, check_finite=False)
         wanted = np.eye(count)[labels] - 1 / count
         solution = inverse @ wanted
         self.offset = 1 / count

@@ -40,7 +40,7 @@ def load_retriever(pool: Pool, settings: Settings) -> Retriever:
         )
 
     def load(pool_encoder: str | None) -> Encoder:
-        return hybrid_encoder(settings.encoder or pool_encoder, settings)
+        return CachingEncoder(hybrid_encoder(settings.encoder or pool_encoder, settings))
 
     parts = PARTS[settings.retriever]
     folder = pool.state_folder / "index"
@@ -53,7 +53,7 @@ def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:
     precision = settings.precision
     if precision == "auto":
         precision = "int8" if settings.device == "cpu" else "float32"
-    encoder = SentenceEncoder(
+    return SentenceEncoder(
         name,
         _instruction(name, settings, ""),
         settings.device,
@@ -61,7 +61,6 @@ def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:
         precision=precision,
         layers="thirds",
     )
-    return CachingEncoder(encoder)
 
 
 def paper_encoder(name: str | None, settings: Settings) -> Encoder:

@@ -219,9 +219,11 @@ def _calibrate_sample(
     vectors = np.concatenate([member.vectors for member in few]).astype(np.float32)
     own = np.arange(len(owners)), owners
     counts = np.array([len(member.vectors) for member in members])
-    z, means = dense.project(vectors), dense.project(dense.means)
+    z, means = dense.project(vectors), dense.place(dense.means, counts.astype(np.float64))
     squares = ((z * z).sum(1)[:, None] + (means * means).sum(1) - 2 * z @ means.T).astype(np.float64)
-    squares[own] *= (counts[owners] / np.maximum(counts[owners] - 1, 1)) ** 2
+    rest = np.maximum(counts[owners] - 1, 1)
+    gaps = (z - means[owners])[:, :-1].astype(np.float64)
+    squares[own] = (gaps * gaps).sum(1) * (counts[owners] / rest) ** 2 + dense.excess * (1 - 1 / rest)
     lengths = np.linalg.norm(dense.means, axis=1)
     cosines = vectors @ (dense.means / lengths[:, None]).T
     sums = counts[owners] * lengths[owners]

@@ -71,5 +71,5 @@ def test_the_threshold_is_the_quantile_of_the_left_out_samples(rate: float) -> N
 def test_few_samples_or_one_adapter_give_the_defaults() -> None:
     logits, own, cosines = synthetic(count=19)
     for found in (calibrate(logits, own, cosines), calibrate(np.zeros((99, 1)), np.zeros(99, int), np.zeros((99, 1)))):
-        assert (found.temperature, found.slope, found.middle, found.cosines) == (1.0, 25.0, 0.75, None)
+        assert (found.temperature, found.slope, found.middle, found.cosines) == (1.0, 25.0, 0.66, None)
     assert 0 < Calibration().threshold(0.01, 0.07) < 0.5

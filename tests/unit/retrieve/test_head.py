@@ -17,10 +17,20 @@ def rows_of(seed: int, sizes: list[int]) -> tuple[sparse.Rows, np.ndarray, spars
     return weights(counted), labels, weights
 
 
-def plain_head(rows: np.ndarray, labels: np.ndarray, count: int, queries: np.ndarray) -> np.ndarray:
+def relative_sizes(labels: np.ndarray) -> np.ndarray:
+    """D: of each sample, how many samples its adapter has, divided by the mean of that over the samples."""
+    sizes = np.array([(labels == label).sum() for label in labels])
+    return np.asarray(sizes / sizes.mean())
+
+
+def plain_head(
+    rows: np.ndarray, labels: np.ndarray, count: int, queries: np.ndarray, relative: np.ndarray | None = None
+) -> np.ndarray:
+    """By scikit-learn: the smaller a sample's penalty, the greater its weight."""
     from sklearn.kernel_ridge import KernelRidge
 
-    ridge = KernelRidge(alpha=0.1, kernel="linear").fit(rows, np.eye(count)[labels] - 1 / count)
+    weights = 1 / (relative_sizes(labels) if relative is None else relative)
+    ridge = KernelRidge(alpha=0.1, kernel="linear").fit(rows, np.eye(count)[labels] - 1 / count, weights)
     return np.asarray(ridge.predict(queries) + 1 / count)
 
 
@@ -39,10 +49,12 @@ def test_predictions_are_ridge_regressions(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[6, 6, 6], [1, 9, 4, 2], [1, 1], [5]])
 def test_left_out_is_a_fit_without_the_sample(sizes: list[int]) -> None:
+    """With the penalties of all others as they were."""
     rows, labels, _ = rows_of(1, sizes)
+    relative = relative_sizes(labels)
     found = RidgeHead(rows, labels, len(sizes)).leave_one_out
     table = rows.toarray()[:, np.unique(rows.indices)]
     for i in range(len(labels)):
         rest = np.arange(len(labels)) != i
-        expected = plain_head(table[rest], labels[rest], len(sizes), table[[i]])[0]
+        expected = plain_head(table[rest], labels[rest], len(sizes), table[[i]], relative[rest])[0]
         assert found[i] == pytest.approx(expected, abs=1e-5)

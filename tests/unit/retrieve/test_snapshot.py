@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieve_helpers import cluster, member, random_members, replaced, texts_of, tfidf, unit
 from scipy import special
-from test_dense import plain_distances
+from test_dense import plain_distances, plain_excess
 from test_head import plain_head
 
 from loraretriever.retrieve import block, model, snapshot, sparse
@@ -71,12 +71,16 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["hybrid", "head", "dense", "centroids", "dense+centroids"],
 )
 def test_ranking_is_the_plain_formula(parts: Parts) -> None:
-    members = random_members(7)
     rng = np.random.default_rng(3)
-    samples = [text for each in members for text in texts_of(rng, [f"{each.name}first", f"{each.name}second"], 6)]
-    members = [replaced(each, terms=sparse.count_terms(samples[6 * i : 6 * i + 6])) for i, each in enumerate(members)]
+    sizes = [6, 1, 4, 12, 2, 9, 6]
+    texts = [texts_of(rng, [f"m{i:03}first", f"m{i:03}second"], size) for i, size in enumerate(sizes)]
+    members = [
+        replaced(each, vectors=each.vectors[: len(own)], terms=sparse.count_terms(own))
+        for each, own in zip(random_members(7, samples=12), texts, strict=True)
+    ]
+    samples = [text for own in texts for text in own]
     vectors = np.concatenate([each.vectors for each in members]).astype(np.float64)
-    owners = np.repeat(np.arange(7), 6)
+    owners = np.repeat(np.arange(7), sizes)
     prompts = ["please m002first the text", "m004first m004second m001first", "answer this now", "unheard of"]
     points = queries(4)
 
@@ -203,11 +207,13 @@ def test_a_members_score_is_that_of_its_nearest_mean() -> None:
     learnt = learn(members, Parts())
     assert learnt.halved == {"two"}
     means = np.stack([two.vectors[half : half + 6].mean(axis=0, dtype=np.float64) for half in (0, 6)])
+    vectors = np.concatenate([each.vectors for each in members]).astype(np.float64)
+    excess = plain_excess(vectors, np.repeat(np.arange(7), [12] * 5 + [6, 6]))
     for query in queries(4):
         point = learnt.dense.project(query[None])
         terms = learnt.weights.read("a")
         scored = block.Block(members, learnt).score(block.Query(query, point[0], terms), None)
-        squares = ((learnt.dense.project(means) - point) ** 2).sum(axis=1)
+        squares = ((learnt.dense.project(means) - point) ** 2).sum(axis=1) + excess * (1 - 1 / 6)
         assert scored.dense[5] == pytest.approx(-DENSE / 2 * squares.min(), rel=1e-4)
         assert scored.cosines[5] == pytest.approx((unit(means) @ query).max(), abs=1e-5)
 
@@ -393,7 +399,9 @@ def test_many_samples_are_learnt_from_without_a_head(monkeypatch: pytest.MonkeyP
     without_words = learn(members, Parts(sparse=False)) and captured[-1][0]
     points = learnt.dense.project(vectors[rows])
     squares = ((points - learnt.dense.project(learnt.dense.means)[own]) ** 2).sum(axis=1)
-    expected = -DENSE / 2 * squares * (5 / 4) ** 2  # the mean of the other four is that much further away
+    # The mean of the other four is that much further away, and placed as the mean of four.
+    squares = squares * (5 / 4) ** 2 + plain_excess(vectors.astype(np.float64), owners) * (1 - 1 / 4)
+    expected = -DENSE / 2 * squares
     assert without_words[np.arange(45), own] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     for each in members[::4]:
         assert ask(Snapshot.learnt(members, Parts()), *like(members, each.name))[0].names[0] == each.name
