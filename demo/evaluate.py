@@ -59,7 +59,7 @@ def main(
     keep_freed_memory()
     answers = _read_answers(results)
     done = {(answer.method, answer.task) for answer in answers}
-    with LoraRetriever.open(pool, dtype=dtype, threshold=-1.0) as retriever:
+    with LoraRetriever.open(pool, dtype=dtype, retriever="paper", threshold=-1.0, coverage=1.0) as retriever:
         names = [adapter.name for adapter in retriever.pool.list()]
         examples = {name: read_examples(tasks / "validation" / f"{name}.jsonl") for name in names}
         for method in METHODS:

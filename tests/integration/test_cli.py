@@ -10,44 +10,21 @@ from typing import Any
 
 import pytest
 
-from loraretriever import __version__, cli
+from loraretriever import __version__
 from loraretriever.engine.local import LocalEngine
 from loraretriever.errors import PoolError
 from tiny import write_peft_folder
-from tiny_text import write_base_model, write_encoder
 
 SAMPLES = {"sql": ["write a query"], "german": ["translate to german"], "math": ["add the numbers"]}
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_base_model(folder / "base")
-    write_encoder(folder)
-    return folder
-
-
 @pytest.fixture
-def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+def run(cli_run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("LORARETRIEVER_ENCODER", str(models / "encoder"))
     monkeypatch.setenv("LORARETRIEVER_POOL", str(tmp_path / "pool"))
     monkeypatch.setenv("LORARETRIEVER_THRESHOLD", "-1")
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
-    capsys.readouterr()
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["loraretriever", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return cli_run
 
 
 @pytest.fixture

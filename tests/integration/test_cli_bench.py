@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from loraretriever import cli, console
+from loraretriever import console
 from tiny import write_peft_folder
-from tiny_text import write_base_model, write_encoder
 
 TOPICS = {
     "sql": "SELECT column FROM table",
@@ -32,14 +32,6 @@ def texts(name: str, count: int, seed: int) -> list[str]:
     return [f"{TOPICS[name]} {rng.randrange(1000)}" for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_base_model(folder / "base")
-    write_encoder(folder)
-    return folder
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     samples = [{"adapter": name, "inputs": text, "domain": name} for name in TOPICS for text in texts(name, 5, 0)]
@@ -53,24 +45,10 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+def run(cli_run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("LORARETRIEVER_ENCODER", str(models / "encoder"))
     monkeypatch.setenv("LORARETRIEVER_PRECISION", "float32")
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["loraretriever", "bench", "retrieval", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(cli_run, "bench", "retrieval")
 
 
 def test_the_json_report(run: Run, files: list[Path], models: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from loraretriever import cli
 from loraretriever.pool import Pool
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 
@@ -18,21 +17,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
+def run(cli_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("LORARETRIEVER_POOL", str(tmp_path / "pool"))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["loraretriever", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return cli_run
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraretriever import cli
 from loraretriever.pool import Pool
 from tiny import write_peft_folder
-from tiny_text import write_base_model, write_encoder
 
 SAMPLES = {
     "sql": [f"SELECT column {i} FROM table {i * 7}" for i in range(6)],
@@ -28,14 +27,6 @@ SAMPLES = {
     "math": [f"what is {i} plus {i * 5}?" for i in range(6)],
 }
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_base_model(folder / "base")
-    write_encoder(folder)
-    return folder
 
 
 @pytest.fixture
@@ -47,24 +38,9 @@ def samples(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+def run(cli_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        command = ["loraretriever", "train-retriever", *map(str, arguments)]
-        monkeypatch.setattr("sys.argv", command)
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(cli_run, "train-retriever")
 
 
 def small(models: Path) -> tuple[object, ...]:
@@ -109,7 +85,6 @@ def test_a_pool_is_trained_on_and_uses_the_encoder(run: Run, models: Path, tmp_p
         ((), "neither --pool nor --samples is given; expected one of them"),
         (("--pool", "p", "--samples", "s"), "both --pool and --samples are given"),
         (("--samples", "s", "--activate"), "--activate is given without --pool"),
-        (("--pool", "p", "--activate", "--instruction", ""), "--activate is given with --instruction ''"),
         (("--samples", "s", "--task-share", "0.5", "--held-out-tasks", "x"), "--task-share and --held-out-tasks"),
         (("--samples", "none.jsonl"), "cannot read none.jsonl"),
     ],
