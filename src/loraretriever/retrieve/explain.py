@@ -64,7 +64,7 @@ class Explanation:
 def explain(
     prompt: str, vector: Vectors, found: Ranked, k: int, threshold: float, snapshot: Snapshot, pool: Pool, tag: str
 ) -> Explanation:
-    """Explain the k best of what was found. Shape: vector (d,), the prompt's, of length 1."""
+    """Explain the k best of what was found. Shape: vector (d,), of `found.text`, of length 1."""
     names = found.names[:k]
     _, entries = pool.entries(tag, names)
     hits = []
@@ -82,7 +82,7 @@ def explain(
                 float(found.sparse[place]),
                 float(found.penalty[place]),
                 near,
-                _terms(prompt, snapshot.term_parts(prompt, name)),
+                _terms(found.text, snapshot.term_parts(found.text, name)),
             )
         )
     return Explanation(prompt, found.fit, threshold, tuple(hits))

@@ -16,6 +16,7 @@ from loraretriever.retrieve.snapshot import Ranked, Snapshot
 from loraretriever.types import AdapterFilter, Hit, PoolEntry, Ranking
 
 _PORTION = 500  # adapters read from the pool at once
+_LONG, _ENDS = 3000, (160, 320)  # characters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,7 @@ class HybridRetriever:
         """Why each prompt's k best adapters were found."""
         state, found = self._rank(prompts, k, wanted)
         threshold = state.snapshot.threshold(*self._rates)
-        vectors = state.encoder.encode(prompts)
+        vectors = state.encoder.encode([each.text for each in found])
         return [
             explain(prompt, vector, each, k, threshold, state.snapshot, self._pool, state.encoder.tag)
             for prompt, vector, each in zip(prompts, vectors, found, strict=True)
@@ -94,7 +95,10 @@ class HybridRetriever:
         check_names(self._pool, {*wanted.exclude, *(wanted.only or ())}, state.members.keys())
         if not prompts:
             return state, []
-        return state, state.snapshot.rank(state.encoder.encode(prompts), prompts, wanted)
+        views = [view for prompt in prompts for view in _views(prompt)]
+        found = iter(state.snapshot.rank(state.encoder.encode(views), views, wanted))
+        # Python's max keeps the first of equals: the whole prompt.
+        return state, [max((next(found) for _ in _views(prompt)), key=lambda each: each.fit) for prompt in prompts]
 
     def settle(self) -> None:
         """Wait until what is learnt is learnt from the pool as it is now.
@@ -201,6 +205,17 @@ class HybridRetriever:
 def _is_embedded(entry: PoolEntry) -> bool:
     """Whether all samples and counter samples have a vector; some may have come since vectors were last made."""
     return entry.vectors is not None and entry.counter_vectors is not None
+
+
+def _views(prompt: str) -> tuple[str, ...]:
+    """What is read of a prompt: all of it, and of a very long one also pieces of its beginning and its end, each by itself.
+
+    Much of a long prompt may be a document, and the question stand before or after it.
+    """
+    if len(prompt) <= _LONG:
+        return (prompt,)
+    parts = [part for size in _ENDS for part in (prompt[:size], prompt[-size:])]
+    return (prompt, *(part for part in parts if part.strip()))
 
 
 def _hits(found: Ranked, k: int) -> tuple[Hit, ...]:

@@ -20,8 +20,9 @@ MAX_ADDED = 256  # members beside the main block; more are learnt and compiled t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranked:
-    """All that was found for one prompt, best first. Shape: (found,) each."""
+    """All that was found for one text, best first. Shape: (found,) each."""
 
+    text: str
     names: list[str]
     dense: NDArray[np.float64]
     sparse: NDArray[np.float64]
@@ -71,7 +72,7 @@ class Snapshot:
     def rank(self, vectors: Vectors, texts: Sequence[str], wanted: AdapterFilter) -> list[Ranked]:
         """All candidates for each prompt, best first. Shape: vectors (prompts, d), rows of length 1."""
         if self._model is None or self._main is None:
-            return [_NOTHING for _ in texts]
+            return [_nothing(text) for text in texts]
         hidden = replace(wanted, exclude=wanted.exclude | self._gone) if self._gone else wanted
         blocks = [(self._main, self._main.allowed(hidden))]
         if self._added is not None:
@@ -80,7 +81,9 @@ class Snapshot:
         found = []
         for position, vector in enumerate(vectors):
             query = Query(vector, points[position], self._model.weights.read(texts[position]))
-            found.append(self._join([(block, block.score(query, allowed)) for block, allowed in blocks]))
+            found.append(
+                self._join(texts[position], [(block, block.score(query, allowed)) for block, allowed in blocks])
+            )
         return found
 
     def term_parts(self, text: str, name: str) -> dict[int, float]:
@@ -91,19 +94,21 @@ class Snapshot:
         parts = block.term_parts(Query(_EMPTY32, _EMPTY32, read), block.row[name]) / self._model.calibration.temperature
         return dict(zip(read.buckets.tolist(), parts.tolist(), strict=True))
 
-    def _join(self, parts: Sequence[tuple[Block, Scores]]) -> Ranked:
+    def _join(self, text: str, parts: Sequence[tuple[Block, Scores]]) -> Ranked:
         assert self._model is not None
         calibration = self._model.calibration
         joined = np.concatenate([scores.logits for _, scores in parts]).astype(np.float64) / calibration.temperature
         if not len(joined):
-            return _NOTHING
+            return _nothing(text)
         order = np.argsort(-joined, kind="stable")
         names = [block.members[row].name for block, scores in parts for row in scores.members]
         dense, terms, penalty = (np.concatenate([part(scores) for _, scores in parts])[order] for part in _PARTS)
         fit = float(calibration.fit(np.concatenate([scores.cosines for _, scores in parts]).max()))
         logits = joined[order]
         dense, terms, penalty = (part / calibration.temperature for part in (dense, terms, penalty))
-        return Ranked([names[i] for i in order], dense, terms, penalty, logits, fit * special.softmax(logits), fit)
+        return Ranked(
+            text, [names[i] for i in order], dense, terms, penalty, logits, fit * special.softmax(logits), fit
+        )
 
 
 _PARTS: tuple[Callable[[Scores], NDArray[np.float32]], ...] = (
@@ -112,4 +117,7 @@ _PARTS: tuple[Callable[[Scores], NDArray[np.float32]], ...] = (
     lambda scores: np.broadcast_to(scores.penalty, scores.dense.shape),
 )
 _EMPTY, _EMPTY32 = np.zeros(0), np.zeros(0, dtype=np.float32)
-_NOTHING = Ranked([], _EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY, 0.0)
+
+
+def _nothing(text: str) -> Ranked:
+    return Ranked(text, [], _EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY, 0.0)

@@ -15,6 +15,7 @@ from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelL
 from loraretriever.pool import Pool
 from loraretriever.retrieve import HybridRetriever
 from loraretriever.retrieve.encoder import Encoder, Vectors
+from loraretriever.retrieve.hybrid import _views
 from loraretriever.retrieve.snapshot import Snapshot
 from loraretriever.types import AdapterFilter, Ranking
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
@@ -488,3 +489,13 @@ def test_many_threads_rank_while_adapters_come_and_go(pool: Pool, add: Add) -> N
     retriever.settle()
     assert sorted(names(retriever, "hello")) == ["german", "math", "sql"]
     assert_same(retriever.rank(["hello"], 9), hybrid(pool).rank(["hello"], 9))
+
+
+def test_the_question_before_or_after_a_long_document_is_read() -> None:
+    views = _views
+    assert views("short") == ("short",)
+    document, question = "lorem ipsum dolor " * 400, "translate this to german please"
+    for prompt in (f"{document}\n{question}", f"{question}\n{document}"):
+        assert views(prompt)[0] == prompt
+        assert any(question in view and len(view) <= 320 for view in views(prompt)[1:])
+    assert views("a" + " " * 9000) == ("a" + " " * 9000, "a" + " " * 159, "a" + " " * 319), "no view is blank"
