@@ -48,7 +48,7 @@ def draw(reports: dict[str, dict[str, Any]], output: Path, is_log: bool) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained")
     colours = iter(pyplot.get_cmap("tab10").colors * 10)
     for stem, report in reports.items():
         names = {"calibration": report["default"], "paper_calibration": report["paper"]}
@@ -57,7 +57,7 @@ def draw(reports: dict[str, dict[str, Any]], output: Path, is_log: bool) -> None
             # On a logarithmic axis there is no place for 0.
             points = [(100 * x, 100 * y) for x, y in found["curve"] if x > 0 or not is_log]
             label = f"{names[method]}, {KINDS[kind]} (AUROC {found['auroc']:.3f})"
-            label = f"{stem}: {label}" if len(reports) > 1 else label
+            label = f"{stem.removeprefix('retrieval-')}: {label}" if len(reports) > 1 else label
             axes.plot(*zip(*points, strict=True), STYLES[method], color=kinds[kind], label=label, linewidth=1.8)
             place = 100 * found["default_false_fallback"], 100 * found["default_off_topic_to_base"]
             if method == "calibration" and place[0] <= 20 and (place[0] > 0 or not is_log):
@@ -76,7 +76,7 @@ def draw(reports: dict[str, dict[str, Any]], output: Path, is_log: bool) -> None
     axes.grid(alpha=0.3)
     axes.plot([0.1, 20], [0.1, 20], ":", color="grey", label="chance")
     axes.plot([], [], "o", color="grey", label="at the default threshold")
-    axes.legend(fontsize=8, loc="best", framealpha=0.9)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(output, dpi=160)
     print(f"wrote {output}")
 
