@@ -208,7 +208,7 @@ def _is_embedded(entry: PoolEntry) -> bool:
 
 
 def _views(prompt: str) -> tuple[str, ...]:
-    """What is read of a prompt: all of it, and of a very long one also pieces of its beginning and its end, each by itself.
+    """What is read of a prompt: all of it, and of a very long one pieces of its beginning and end by themselves too.
 
     Much of a long prompt may be a document, and the question stand before or after it.
     """
