@@ -15,9 +15,9 @@ from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.evaluate import fallback, latency, retrieval, robustness
 from loraretriever.evaluate.latency import Timed
 from loraretriever.evaluate.retrieval_data import RetrievalData, TaskSamples, read_data, read_samples
-from loraretriever.evaluate.retrieval_methods import ColdEncoder, MemoryPool, RecordedEncoder, Workbench, known_methods
+from loraretriever.evaluate.retrieval_methods import ColdEncoder, MemoryPool, Workbench, known_methods
 from loraretriever.pool import Pool
-from loraretriever.retrieve import HybridRetriever, PaperRetriever, Retriever
+from loraretriever.retrieve import CachingEncoder, HybridRetriever, PaperRetriever, Retriever
 from loraretriever.types import AdapterFilter, Hit, Ranking
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import WordEncoder
@@ -143,9 +143,9 @@ def test_the_memory_pool_is_followed(data: RetrievalData) -> None:
         retriever.rank(["x"], 1, AdapterFilter(only=frozenset({"chess"})))
 
 
-def test_recorded_and_cold_encoders() -> None:
+def test_caching_and_cold_encoders() -> None:
     inner = WordEncoder()
-    recorded = RecordedEncoder(inner)
+    recorded = CachingEncoder(inner)
     rows = recorded.encode(["a", "b", "a"])
     assert inner.encoded == ["a", "b"] and recorded.tag == "words"
     np.testing.assert_array_equal(recorded.encode(["b", "a"]), rows[[1, 0]])
@@ -258,7 +258,7 @@ def test_typos_and_prose() -> None:
 
 @pytest.mark.parametrize("kind", ["paper", "hybrid"])
 def test_robustness(data: RetrievalData, kind: str) -> None:
-    encoder = RecordedEncoder(WordEncoder())
+    encoder = CachingEncoder(WordEncoder())
 
     def make(pool: MemoryPool) -> Retriever:
         if kind == "paper":

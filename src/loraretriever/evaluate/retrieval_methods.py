@@ -19,6 +19,7 @@ from loraretriever.retrieve.loading import PARTS, hybrid_encoder, paper_encoder
 from loraretriever.types import PoolEntry, Sample
 
 DEFAULT, PAPER = "hybrid", "paper"
+_NO_LIMIT = 1 << 40  # of the vectors that are remembered where accuracy is measured
 
 
 class _Listed(NamedTuple):
@@ -87,28 +88,6 @@ def _entry(name: str, samples: TaskSamples, vectors: Vectors | None) -> PoolEntr
     return PoolEntry(name, (), None, "", samples.texts, sources, samples.counter_texts, own, counter)
 
 
-class RecordedEncoder:
-    """Gives the vectors that it was asked for before without encoding, however many."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._vectors: dict[str, Vectors] = {}
-
-    @property
-    def tag(self) -> str:
-        """The wrapped encoder's."""
-        return self._encoder.tag
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Shape: (len(texts), dimension), rows of length 1."""
-        if not texts:
-            return self._encoder.encode(texts)
-        missing = list(dict.fromkeys(text for text in texts if text not in self._vectors))
-        if missing:
-            self._vectors |= zip(missing, self._encoder.encode(missing), strict=True)
-        return np.stack([self._vectors[text] for text in texts])
-
-
 class ColdEncoder:
     """The encoder with the product's cache around it, which can be emptied."""
 
@@ -174,12 +153,12 @@ class Workbench:
 
     settings: Settings
     _encoders: dict[Source, Encoder] = field(default_factory=dict)
-    _recorded: dict[Source, RecordedEncoder] = field(default_factory=dict)
+    _recorded: dict[Source, CachingEncoder] = field(default_factory=dict)
 
     def recorded(self, method: Method, pool: MemoryPool) -> Retriever:
         """A retriever that encodes no text a second time."""
         if method.source not in self._recorded:
-            self._recorded[method.source] = RecordedEncoder(self._encoder(method.source))
+            self._recorded[method.source] = CachingEncoder(self._encoder(method.source), size=_NO_LIMIT)
         return self._retriever(method, pool, self._recorded[method.source])
 
     def cold(self, method: Method, pool: MemoryPool) -> tuple[Retriever, Callable[[], None]]:
