@@ -30,6 +30,10 @@ class ModelLoadError(LoraRetrieverError):
     """A base model or an encoder cannot be found or loaded."""
 
 
+class OverloadedError(LoraRetrieverError):
+    """The engine's queue is full; the same request may be sent again later."""
+
+
 class MissingExtraError(LoraRetrieverError):
     """A feature needs packages that are not installed."""
 

@@ -160,13 +160,31 @@ class Mixer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge of adapters in weight space into a new one: the method's name in `compose/merge.py` and its options.
+
+    `density` is the share of entries that TIES and DARE keep; `rank` that of the result of a method that ends in a
+    singular value decomposition (None: the largest of the adapters'); `seed` makes DARE's random choice.
+    """
+
+    method: str
+    density: float = 0.5
+    rank: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Composition:
-    """Which adapters answer one prompt, and how. No adapters: the base model answers."""
+    """Which adapters answer one prompt, and how. No adapters: the base model answers.
+
+    With `merge`, the adapters become one new adapter, and `mixer` plays no part.
+    """
 
     strategy: str
     adapters: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     mixer: Mixer = Mixer.OUTPUTS
+    merge: Merge | None = None
 
 
 BASE_COMPOSITION = Composition("base")
@@ -176,9 +194,19 @@ def _is_temperature(value: float) -> bool:
     return value == 0 or 1e-6 <= value < math.inf
 
 
+def _is_bias(token: int, value: float) -> bool:
+    return token >= 0 and not math.isnan(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 are off.
+    """How tokens are chosen. Temperature 0 is greedy; the other defaults are off.
+
+    `repetition_penalty` divides positive logits of tokens of prompt and answer, and multiplies negative ones;
+    `presence_penalty` and `frequency_penalty` are subtracted once, or as often as a token is in the answer.
+    `logit_bias` holds (token id, what is added to its logit). `logprobs` asks for each token's log-probability and
+    that many alternatives. `n` answers are made; answer i of a seeded request has the seed `seed + i`. `ignore_end`
+    goes on after the model's end token, up to `max_tokens`: for measurements.
 
     Raises:
         InvalidInputError: a value is out of its range.
@@ -188,8 +216,16 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+    ignore_end: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -200,6 +236,13 @@ class Sampling:
             ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off), or a whole number below 2**31"),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0, below 2**63"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a finite number"),
+            ("logit_bias", self.logit_bias, all(_is_bias(*each) for each in self.logit_bias), "token ids and numbers"),
+            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20, or None"),
+            ("n", self.n, 1 <= self.n <= 128, "from 1 to 128"),
         )
         for name, value, is_valid, expected in rules:
             if not is_valid:
@@ -208,23 +251,60 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt for the engine, with its composition. `chat` puts it into the model's chat template."""
+    """One prompt for the engine, with its composition. `chat` puts it into the model's chat template.
+
+    Requests of a lower `priority` number go first. A request not done `timeout` seconds after its submission ends
+    with what it has.
+    """
 
     prompt: str
     composition: Composition = BASE_COMPOSITION
     sampling: Sampling = field(default_factory=Sampling)
     chat: bool = True
+    priority: int = 0
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that was chosen, its log-probability, and the most probable tokens at its place, best first.
+
+    The log-probabilities are those of the model's distribution with penalties and bias, at temperature 1, before
+    anything is cut off.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer, as it is streamed. The last piece of each answer has a `finish_reason`."""
+
+    text: str
+    index: int = 0  # which of the request's n answers
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the engine made of one request. `seconds` is the time from submission to its last token."""
+    """One answer to a request. Times are in seconds from the request's submission.
+
+    `finish_reason` is "stop" (end token or stop string), "length", "timeout" or "aborted".
+    """
 
     text: str
-    finish_reason: str  # "stop" (end token or stop string) or "length"
+    finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    seconds: float
+    seconds: float  # to the last token
+    index: int = 0  # which of the request's n answers
+    first_token_seconds: float | None = None
+    cached_tokens: int = 0  # tokens of the prompt that did not have to be computed
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
