@@ -31,7 +31,7 @@ TINY_SPEC = BaseModelSpec(
 )
 
 
-def tiny_llama(seed: int = 0) -> Any:
+def tiny_llama(seed: int = 0, max_length: int = 512) -> Any:
     """A random two-layer Llama in float32, in eval mode; its linear modules are those of TINY_SPEC."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +44,7 @@ def tiny_llama(seed: int = 0) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from loraretriever.types import Adapter, Completion, Composition, Hit, Route, Sample, Sampling
+from loraretriever.types import Adapter, Completion, Composition, Hit, Piece, Route, Sample, Sampling
 
 if TYPE_CHECKING:
     from loraretriever.pipeline import LoraRetriever
@@ -14,6 +14,7 @@ __all__ = [
     "Composition",
     "Hit",
     "LoraRetriever",
+    "Piece",
     "Pool",
     "Route",
     "Sample",

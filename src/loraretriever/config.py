@@ -29,7 +29,8 @@ class Settings:
     cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits those are
     used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits that become
     weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on the CPU;
-    `max_tokens` the most that it reads of a prompt.
+    `max_tokens` the most that it reads of a prompt. The sizes from `slots` on are those of
+    `engine.local.LocalEngine`.
     """
 
     base_model: str | None = None
@@ -50,6 +51,11 @@ class Settings:
     dtype: str = "auto"
     slots: int = Field(default=32, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    step_tokens: int = Field(default=256, ge=1)
+    cache_mib: int = Field(default=2048, ge=1)
+    prefix_mib: int = Field(default=256, ge=0)
+    host_mib: int = Field(default=1024, ge=0)
+    queue: int = Field(default=1024, ge=1)
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -18,9 +18,11 @@ from loraretriever.types import Completion, Composition, Hit, Route
 
 if TYPE_CHECKING:
     from loraretriever.evaluate.demo import DemoReport
+    from loraretriever.evaluate.engine_report import EngineReport, Percentiles
     from loraretriever.evaluate.fallback import Calibration
     from loraretriever.evaluate.retrieval import RetrievalReport
     from loraretriever.evaluate.robustness import Robustness
+    from loraretriever.pipeline import Submission
     from loraretriever.retrieve.explain import Explanation, HitExplanation
 
 out = Console(highlight=False)
@@ -153,6 +155,8 @@ def completion_json(row: dict[str, Any], completion: Completion) -> dict[str, An
     """The fields of the input line and those of its completion."""
     fields = dataclasses.asdict(completion)
     del fields["prompt"]
+    if not completion.logprobs:
+        del fields["logprobs"]
     return {**row, **fields}
 
 
@@ -161,6 +165,14 @@ def print_completion(completion: Completion) -> None:
     out.print(Text(shorten(completion.prompt), style="bold"), soft_wrap=True)
     out.print(Text(describe_composition(completion.composition), style="dim"), soft_wrap=True)
     print_plain(completion.text.strip() + "\n")
+
+
+def print_stream(submission: Submission) -> None:
+    """Composition, then the answer as it comes."""
+    out.print(Text(describe_composition(submission.composition), style="dim"), soft_wrap=True)
+    for piece in submission.answers:
+        print(piece.text, end="", flush=True)  # noqa: T201 - as `print_plain`
+    print()  # noqa: T201
 
 
 def print_demo(report: DemoReport) -> None:
@@ -241,3 +253,42 @@ def _print_hardships(name: str, hardships: Robustness) -> None:
         rows.append(("half added, not learnt", hardships.incremental.delta))
         rows.append(("half added, learnt", hardships.incremental.settled))
     print_rows((name, "top1", "top3"), [(what, f"{of.top1:5.1f}", f"{of.top3:5.1f}") for what, of in rows])
+
+
+def print_engine(report: EngineReport) -> None:
+    """A table of contenders for each workload, the ratios, and what a reader needs to judge them."""
+    for workload in dict.fromkeys(on for figures in report.figures.values() for on in figures):
+        rows = []
+        for name, figures in report.figures.items():
+            if workload in figures:
+                found = figures[workload]
+                first, later = found.first_token_seconds, found.token_seconds
+                rows.append([name, f"{found.tokens_per_second.median:7.1f}", *_three(first, 1), *_three(later, 1000)])
+        print_rows((workload, "tokens/s", "ttft50", "95", "99", "tpot50", "95", "99"), rows)
+        out.print()
+    ratios = [(name, *(f"{x:6.3f}" for x in (r.median, r.min, r.max))) for name, r in report.ratios.items()]
+    print_rows(("ratio of tokens/s", "median", "least", "greatest"), ratios)
+    print_note("tokens/s: generated ones, the median round's; ttft: seconds from a request's arrival to its first")
+    print_note("token (percentiles 50, 95, 99); tpot: milliseconds for each token after it")
+    for name, share in report.agreement.items():
+        print_plain(f"{name}: {share:.1%} of the tokens are the same")
+    for name, reason in report.set_up.left_out.items():
+        print_note(f"left out: {name}: {reason}")
+    _print_set_up(report)
+
+
+def _three(percentiles: Percentiles | None, scale: float) -> list[str]:
+    if percentiles is None:
+        return ["-"] * 3
+    return [f"{scale * x:6.{2 if scale == 1 else 1}f}" for x in (percentiles.p50, percentiles.p95, percentiles.p99)]
+
+
+def _print_set_up(report: EngineReport) -> None:
+    set_up, here = report.set_up, report.set_up.environment
+    rate = "" if set_up.rate is None else f", {set_up.rate:.2f} requests/s"
+    print_plain(f"{set_up.base_model}, {set_up.dtype}, {set_up.rounds} rounds, seed {set_up.seed}{rate}")
+    print_plain(
+        f"{here.cpu}, {here.threads} threads, load average {set_up.load_average_before:.1f} before, "
+        f"{set_up.load_average_after:.1f} after"
+    )
+    print_plain(", ".join(f"{name} {here.versions[name]}" for name in ("python", "torch", "transformers")))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from loraretriever.compose import compose_explicit, cover, get_strategy, weigh
-from loraretriever.config import Settings, load_settings
-from loraretriever.engine import Engine
+from loraretriever.config import Settings, cache_folder, load_settings
+from loraretriever.engine import Answers, Engine
 from loraretriever.errors import AdmissionError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import Explanation, Retriever
@@ -27,6 +28,17 @@ from loraretriever.types import (
     Route,
     Sampling,
 )
+
+_MERGED_BYTES = 1 << 30  # of merged adapters on disk
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Submission:
+    """A prompt that is being answered: iterate over `answers` for the pieces of text."""
+
+    route: Route
+    composition: Composition
+    answers: Answers
 
 
 class LoraRetriever:
@@ -158,7 +170,7 @@ class LoraRetriever:
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
         chat: bool = True,
     ) -> Iterator[tuple[int, Completion]]:
-        """Answer prompts; yield (position, completion) in the order of completion.
+        """Answer prompts; yield (position, completion) in the order of completion, `n` for each prompt.
 
         Args:
             adapters: names and weights to use for every prompt in place of retrieval; an empty mapping asks
@@ -185,9 +197,40 @@ class LoraRetriever:
             yield position, _completion(routes[position], compositions[position], generation, retrieval_seconds)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[Completion]:
-        """Answer prompts, in their order. The options are those of `stream`."""
-        completions = dict(self.stream(prompts, **options))
-        return [completions[position] for position in range(len(prompts))]
+        """Answer prompts, in their order, the n answers to one side by side. The options are those of `stream`."""
+        completions = sorted(self.stream(prompts, **options), key=lambda each: (each[0], each[1].index))
+        return [completion for _, completion in completions]
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        strategy: str | None = None,
+        weighting: str | None = None,
+        adapters: Mapping[str, float] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        chat: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Submission:
+        """Start to answer one prompt beside all others that run; the text comes piece by piece.
+
+        Args:
+            priority, timeout: as in `Request`. The options are those of `route`, the others as in `stream`.
+
+        Raises:
+            InvalidInputError, AdapterNotFoundError: as in `stream`.
+            OverloadedError: too many prompts wait already; try again later.
+        """
+        if adapters is None:
+            (route,) = self.route([prompt], **options)
+            composition = self.compose(route, strategy=strategy, weighting=weighting)
+        else:
+            route = Route(prompt, (), fallback=False)
+            composition = self._compose_named(adapters, strategy)
+        request = Request(prompt, composition, sampling, chat, priority, timeout)
+        return Submission(route, composition, self.engine.submit(request))
 
     def _compose_named(self, adapters: Mapping[str, float], strategy: str | None) -> Composition:
         if not adapters:
@@ -200,7 +243,9 @@ class LoraRetriever:
         return compose_explicit(strategy or self.settings.strategy, adapters)
 
     def close(self) -> None:
-        """Close the pool."""
+        """Stop the engine, if it was needed, and close the pool."""
+        if "engine" in vars(self):
+            self.engine.close()
         self.pool.close()
 
     def __enter__(self) -> Self:
@@ -225,6 +270,7 @@ def _load_retriever(pool: Pool, settings: Settings) -> Retriever:
 
 
 def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
+    from loraretriever.compose.merged import MergedStore
     from loraretriever.engine.local import LocalEngine
     from loraretriever.models import linear_modules, load_base_model
 
@@ -235,7 +281,18 @@ def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
             "adapters of the pool do not fit the base model; disable or remove them, or name another base model:\n"
             + "\n".join(problems)
         )
-    return LocalEngine(base, pool, slots=settings.slots, batch_size=settings.batch_size)
+    return LocalEngine(
+        base,
+        pool,
+        slots=settings.slots,
+        batch_size=settings.batch_size,
+        step_tokens=settings.step_tokens,
+        cache_mib=settings.cache_mib,
+        prefix_mib=settings.prefix_mib,
+        host_mib=settings.host_mib,
+        queue=settings.queue,
+        merged=MergedStore(cache_folder() / "merged", _MERGED_BYTES),
+    )
 
 
 def _one_per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> Sequence[Sampling]:
@@ -259,4 +316,8 @@ def _completion(route: Route, composition: Composition, generation: Generation, 
         generation_seconds=generation.seconds,
         fit=route.fit,
         threshold=route.threshold,
+        index=generation.index,
+        first_token_seconds=generation.first_token_seconds,
+        cached_tokens=generation.cached_tokens,
+        logprobs=generation.logprobs,
     )

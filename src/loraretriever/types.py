@@ -264,6 +264,17 @@ class Request:
     priority: int = 0
     timeout: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing.
+
+        Raises:
+            InvalidInputError: a value is out of its range.
+        """
+        if abs(self.priority) > 1000:
+            raise InvalidInputError(f"the priority is {self.priority}; expected a number from -1000 to 1000.")
+        if self.timeout is not None and not 0 <= self.timeout < math.inf:
+            raise InvalidInputError(f"the timeout is {self.timeout}; expected seconds from 0, or None.")
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -334,3 +345,7 @@ class Completion:
     generation_seconds: float
     fit: float = 1.0
     threshold: float = 0.0
+    index: int = 0  # which of the prompt's n answers
+    first_token_seconds: float | None = None
+    cached_tokens: int = 0  # tokens of the prompt that did not have to be computed
+    logprobs: tuple[TokenLogprob, ...] = ()

@@ -1,15 +1,11 @@
 """The equality tests of tests/unit/batch on a CUDA device, against the same references on the CPU."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "batch"))
 from batch_helpers import FAMILIES, Library, OnePath, check_rows, mixed_rows, tiny_model
-
 from loraretriever.batch import LoraLayers, routing
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""`loraretriever bench` on a tiny encoder."""
+"""`loraretriever bench` on tiny models."""
 
 from __future__ import annotations
 
@@ -128,3 +128,54 @@ def test_bad_calls(run: Run, files: list[Path], tmp_path: Path) -> None:
         assert code == 2 and "expected NAME=FOLDER" in err
     code, _, err = run("--test", samples, "--samples", samples)
     assert code == 2 and "lacks 'task'" in err
+
+
+@pytest.fixture
+def engine_run(cli_run: Run, models: Path, tmp_path: Path) -> Run:
+    for seed in range(2):
+        write_peft_folder(tmp_path / "pool" / f"own.{seed}", seed=seed, base_model=str(models / "base"))
+    return partial(cli_run, "bench", "engine", "--pool", tmp_path / "pool", "--quick", "--rounds", 1)
+
+
+ENGINES = ("base", "mixture_k3_n8", "transformers", "peft_k1")
+
+
+def test_the_engines_json_report(engine_run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    only = [argument for name in ENGINES for argument in ("--only", name)]
+    code, out, err = engine_run(*only, "--output", file, "--json", "--seed", 3)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == json.loads(file.read_text())
+    assert report["ratios"].keys() == {
+        "mixture_k3_n8_vs_base", "base_vs_transformers_uniform", "base_vs_transformers_realistic",
+        "mixture_k3_n8_vs_peft_k1",
+    }  # fmt: skip
+    assert report["ratios"]["mixture_k3_n8_vs_base"].keys() == {"median", "min", "max", "values"}
+    assert list(report["figures"]) == list(ENGINES)
+    assert report["figures"]["base"].keys() == {"uniform", "realistic"}
+    assert report["figures"]["peft_k1"]["uniform"]["first_token_seconds"].keys() == {"p50", "p95", "p99"}
+    assert report["agreement"]["base_vs_transformers"] > 0.9
+    set_up = report["set_up"]
+    assert (set_up["adapters"], set_up["seed"], set_up["rounds"], set_up["rate_of"]) == (2, 3, 1, "base")
+    assert set_up["sizes"]["prompt"] == [16, 384] and set_up["rate"] > 0
+    assert {"torch", "transformers", "peft"} <= set_up["environment"]["versions"].keys()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_engines_tables_fit_a_terminal(engine_run: Run, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    terminal = console.Console(force_terminal=True, width=width, highlight=False, color_system=None)
+    monkeypatch.setattr(console, "out", terminal)
+    code, out, err = engine_run("--workload", "uniform", "--only", "base", "--only", "selection_k1_n8")
+    assert code == 0, err
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert lines[0].split() == ["uniform", "tokens/s", "ttft50", "95", "99", "tpot50", "95", "99"]
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("selection_k1_n8_vs_base") for line in lines)
+
+
+def test_bad_engine_calls(engine_run: Run, tmp_path: Path) -> None:
+    code, _, err = engine_run("--only", "magic")
+    assert code == 2 and "unknown contender 'magic'; expected one of base" in err
+    code, _, err = engine_run("--only", "base", "--output", tmp_path / "nothing" / "x.json")
+    assert code == 2 and "expected a file that can be written" in err

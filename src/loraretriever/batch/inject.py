@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loraretriever.batch.paths import Path
-from loraretriever.batch.routing import Routing
+from loraretriever.batch.routing import PackedRouting, Part, Routing
 from loraretriever.batch.stacks import GroupStack
 from loraretriever.errors import InvalidInputError
 
@@ -58,7 +58,7 @@ class Active:
     """The routing that the model's next forward pass uses, shared by all groups; None: no adapters."""
 
     def __init__(self) -> None:
-        self.routing: Routing | None = None
+        self.routing: Routing | PackedRouting | None = None
 
 
 class LoraGroup:
@@ -76,8 +76,7 @@ class LoraGroup:
         # What the last member called has left for the others: its input, the activations, who has had them.
         self._x: torch.Tensor | None = None
         self._x_version = -1
-        self._h: Any = None
-        self._path: Path | None = None
+        self._parts: list[tuple[Part, Path, Any]] = []  # each with its path and its activations
         self._served: set[int] = set()
 
     @property
@@ -121,30 +120,35 @@ class LoraGroup:
             return y
         if x is not self._x or _version(x) != self._x_version:
             self._remember(routing, stack, name, x)
-        assert self._path is not None
         if not y.is_contiguous():
             y = y.contiguous()
-        self._path.add(y, self._h, member, stack.b[member])
+        flat = y.view(-1, y.shape[-1])
+        for part, path, h in self._parts:
+            rows = flat[part.first : part.first + part.rows * part.tokens]
+            path.add(rows.view(part.rows, part.tokens, -1), h, member, stack.b[member])
         self._served.add(member)
         if len(self._served) == len(stack.b):
             self.forget()
         return y
 
-    def _remember(self, routing: Routing, stack: GroupStack, name: str, x: torch.Tensor) -> None:
-        if x.dim() != 3 or x.shape[0] != routing.rows:
-            raise InvalidInputError(
-                f"module {name!r} got an input of shape {tuple(x.shape)}; expected (rows, tokens, features) with "
-                f"{routing.rows} rows, as many as the routing has. Models that flatten rows and tokens (mixture of "
-                "experts, packed sequences) are not supported."
-            )
-        self._path = routing.path(x.shape[1], x.dtype)
-        self._h = self._path.hidden(x, stack.a)
+    def _remember(self, routing: Routing | PackedRouting, stack: GroupStack, name: str, x: torch.Tensor) -> None:
+        self._parts = []
+        try:
+            parts = routing.parts(x.shape)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"module {name!r}: {error}") from None
+        flat = x.reshape(-1, x.shape[-1])
+        for part in parts:
+            if not part.routing.used_slots.isdisjoint(stack.filled):
+                path = part.routing.path(part.tokens, x.dtype)
+                rows = flat[part.first : part.first + part.rows * part.tokens]
+                hidden = path.hidden(rows.view(part.rows, part.tokens, -1), stack.a)
+                self._parts.append((part, path, hidden))
         self._x, self._x_version, self._served = x, _version(x), set()
 
     def forget(self) -> None:
         """Let the remembered input and its activations go."""
-        self._x, self._h, self._path = None, None, None
-        self._served = set()
+        self._x, self._parts, self._served = None, [], set()
 
 
 def _version(x: torch.Tensor) -> int:
@@ -159,7 +163,7 @@ def _weight(module: nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def activated(active: Active, routing: Routing, groups: Iterator[LoraGroup]) -> Iterator[None]:
+def activated(active: Active, routing: Routing | PackedRouting, groups: Iterator[LoraGroup]) -> Iterator[None]:
     """Use a routing inside the block, and let all remembered inputs go at its end."""
     active.routing = routing
     try:

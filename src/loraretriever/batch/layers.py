@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from loraretriever.batch.inject import Active, LoraGroup, activated, group_of, linear_shape
-from loraretriever.batch.routing import Routing, RowRoute
+from loraretriever.batch.routing import PackedRouting, Routing, RowRoute
 from loraretriever.batch.slots import AdapterRef, SlotTable
-from loraretriever.batch.stacks import GroupStack, check_fits
+from loraretriever.batch.stacks import GroupStack, PreparedAdapter, Target, prepare_adapter, write_slot
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import AdapterWeights
+
+_KEPT_ROUTINGS = 16
 
 
 class LoraLayers:
@@ -22,7 +25,7 @@ class LoraLayers:
 
     Memory is bounded: slots x rank x (in + out) numbers for each targeted module, where rank is the largest that
     has been loaded; slots are made as adapters come. Adapters that are not needed leave when others need their slot.
-    Not safe for several threads.
+    Not safe for several threads, but for `prepare`.
 
     Example:
         layers = LoraLayers(model, slots=8, load=lambda ref: load_weights(folder / ref.digest, ref.name, ref.digest))
@@ -31,7 +34,8 @@ class LoraLayers:
             model(input_ids)  # three rows
     """
 
-    def __init__(self, model: Any, slots: int, load: Callable[[AdapterRef], AdapterWeights]) -> None:
+    def __init__(self, model: Any, slots: int, load: Callable[[AdapterRef], AdapterWeights | PreparedAdapter]) -> None:
+        """`load` is called when an adapter needs a slot; what it has not prepared with `prepare` is prepared then."""
         self._table = SlotTable(slots)
         self._load = load
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -42,7 +46,7 @@ class LoraLayers:
         self._active = Active()
         self._epoch = 0
         self._held: frozenset[AdapterRef] = frozenset()
-        self._last: tuple[tuple[RowRoute, ...], Routing] | None = None
+        self._routings: OrderedDict[tuple[RowRoute, ...], Routing] = OrderedDict()  # of this epoch, latest use last
 
     @property
     def slots(self) -> int:
@@ -54,6 +58,10 @@ class LoraLayers:
         """The adapters that are loaded, least recently used first."""
         return self._table.resident
 
+    def holds(self, ref: AdapterRef) -> bool:
+        """Whether an adapter is loaded."""
+        return ref in self._table
+
     @property
     def rank(self) -> int:
         """The rank of a slot: the largest of all adapters loaded so far."""
@@ -63,6 +71,19 @@ class LoraLayers:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(group.stack.nbytes for group in self._groups.values() if group.stack is not None)
+
+    def prepare(self, weights: AdapterWeights) -> PreparedAdapter:
+        """Check an adapter and convert it for this model, in host memory, pinned if the model is on a GPU.
+
+        May be called from any thread at any time, so that only a copy into a slot is left for `acquire`.
+
+        Raises:
+            InvalidInputError: the adapter does not fit the model.
+        """
+        if not weights.modules:
+            raise InvalidInputError(f"adapter {weights.name!r} has no modules; expected at least one. Train it again.")
+        targets = {name: self._target(weights.name, name) for name in weights.modules}
+        return prepare_adapter(weights, targets, pinned=self.device.type == "cuda")
 
     def acquire(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, int]:
         """Load the adapters that are missing and return each one's slot; they stay until the next call.
@@ -76,6 +97,8 @@ class LoraLayers:
         if self._active.routing is not None:
             raise RuntimeError("adapters cannot be loaded while a routing is in use; leave its block first.")
         wanted = frozenset(refs)
+        if wanted == self._held:
+            return {ref: self._table[ref] for ref in wanted}
         missing = self._table.touch(refs)
         self._held = frozenset()
         # Slots outlive the caller's inference mode, in which tensors made could not be written to later.
@@ -92,19 +115,40 @@ class LoraLayers:
     def route(self, rows: Sequence[RowRoute]) -> Routing:
         """The routing for the rows of the next forward pass, with all their adapters loaded.
 
-        The rows of the last call get the same routing again, so it may be called at every step.
+        Rows of a recent call get the same routing again, so it may be called at every step.
         """
         key = tuple(rows)
-        if self._last is not None and self._last[0] == key and self._last[1].epoch == self._epoch:
-            return self._last[1]
-        refs = list(dict.fromkeys(ref for row in rows for ref in row.adapters))
-        if not self._held.issuperset(refs):
-            self.acquire(refs)
-        routing = Routing(rows, {ref: self._table[ref] for ref in refs}, self.device, self._epoch)
-        self._last = (key, routing)
+        routing = self._routings.get(key)
+        if routing is None or routing.epoch != self._epoch:
+            refs = list(dict.fromkeys(ref for row in rows for ref in row.adapters))
+            if not self._held.issuperset(refs):
+                self.acquire(refs)
+            routing = Routing(rows, {ref: self._table[ref] for ref in refs}, self.device, self._epoch)
+            self._routings[key] = routing
+            if len(self._routings) > _KEPT_ROUTINGS:
+                self._routings.popitem(last=False)
+        self._routings.move_to_end(key)
         return routing
 
-    def use(self, routing: Routing) -> AbstractContextManager[None]:
+    def pack(
+        self, singles: Sequence[RowRoute], runs: Sequence[tuple[RowRoute, int]], kept: Sequence[RowRoute]
+    ) -> PackedRouting:
+        """The routing for one packed row of tokens, (1, tokens, features), with all adapters loaded.
+
+        Args:
+            singles: the routes of the first tokens, one each.
+            runs: routes of what follows, with the number of tokens of each.
+            kept: the routes of those tokens that reach the output embeddings, in order.
+        """
+        refs = {ref: None for row in (*singles, *(row for row, _ in runs)) for ref in row.adapters}
+        if not self._held.issuperset(refs):
+            self.acquire(list(refs))
+        parts = [(self.route(singles), 1)] if singles else []
+        parts += [(self.route([row]), count) for row, count in runs]
+        head = PackedRouting([(self.route(kept), 1)], self._epoch) if runs and kept else None
+        return PackedRouting(parts, self._epoch, head)
+
+    def use(self, routing: Routing | PackedRouting) -> AbstractContextManager[None]:
         """Inside the block the model's forward passes follow the routing; outside, it is the base model.
 
         Raises:
@@ -126,48 +170,47 @@ class LoraLayers:
         self._groups.clear()
         self._targets.clear()
         self._table = SlotTable(self._table.capacity)
-        self._rank, self._held, self._last = 0, frozenset(), None
+        self._rank, self._held = 0, frozenset()
+        self._routings.clear()
         self._epoch += 1
 
     def _fill(self, ref: AdapterRef, keep: frozenset[AdapterRef]) -> None:
         """Load one adapter into a slot. Nothing has changed if it cannot be loaded."""
-        weights = self._load(ref)
-        self._check(ref, weights)
-        rank = max(self._rank, *(pair.a.shape[0] for pair in weights.modules.values()))
-        self._make_fit(rank, sorted(weights.modules))
+        loaded = self._load(ref)
+        if loaded.digest != ref.digest:
+            raise InvalidInputError(
+                f"adapter {ref.name!r} was asked for with digest {ref.digest!r}, but {loaded.digest!r} was loaded; "
+                "it has been replaced since, so look its digest up again."
+            )
+        adapter = loaded if isinstance(loaded, PreparedAdapter) else self.prepare(loaded)
+        self._make_fit(max(self._rank, adapter.rank), adapter.modules)
         slot = self._table.make_room(keep)
         self._epoch += 1
         try:
-            for stack in self._stacks():
-                stack.write(slot, weights.modules)
+            write_slot(self._stacks(), slot, adapter, self.device)
         except BaseException:
             self._table.give_back(slot)
+            for stack in self._stacks():
+                stack.clear(slot)
             raise
         self._table.put(ref, slot)
 
-    def _check(self, ref: AdapterRef, weights: AdapterWeights) -> None:
-        if weights.digest != ref.digest:
+    def _target(self, adapter: str, name: str) -> Target:
+        module = self._modules.get(name)
+        if module is None:
             raise InvalidInputError(
-                f"adapter {ref.name!r} was asked for with digest {ref.digest!r}, but {weights.digest!r} was loaded; "
-                "it has been replaced since, so look its digest up again."
+                f"adapter {adapter!r} targets {name!r}, which the base model does not have; "
+                "use an adapter that was trained for this base model."
             )
-        if not weights.modules:
-            raise InvalidInputError(f"adapter {ref.name!r} has no modules; expected at least one. Train it again.")
-        for name, pair in weights.modules.items():
-            module = self._modules.get(name)
-            if module is None:
-                raise InvalidInputError(
-                    f"adapter {ref.name!r} targets {name!r}, which the base model does not have; "
-                    "use an adapter that was trained for this base model."
-                )
-            weight = module.weight
-            assert isinstance(weight, torch.Tensor)
-            if not weight.dtype.is_floating_point:
-                raise InvalidInputError(
-                    f"the base model's {name!r} is stored as {weight.dtype}; adapters need a base model in float32, "
-                    "bfloat16 or float16, not a quantised one."
-                )
-            check_fits(ref.name, name, pair, linear_shape(name, module), weight.dtype)
+        out, features = linear_shape(name, module)
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.dtype.is_floating_point:
+            raise InvalidInputError(
+                f"the base model's {name!r} is stored as {weight.dtype}; adapters need a base model in float32, "
+                "bfloat16 or float16, not a quantised one."
+            )
+        return Target(out, features, weight.dtype)
 
     def _make_fit(self, rank: int, names: Sequence[str]) -> None:
         """Give the slots at least this rank, and the targeted modules adapters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,16 @@ class Routing:
         self._paths: dict[tuple[type, torch.dtype], Path] = {}
         self._choices: dict[tuple[int, torch.dtype], Path] = {}
 
+    def parts(self, shape: torch.Size) -> Iterator[Part]:
+        """How an input of this shape is cut up: not at all.
+
+        Raises:
+            InvalidInputError: the shape is not (rows, tokens, features) with as many rows as the routing has.
+        """
+        if len(shape) != 3 or shape[0] != self.rows:
+            raise _misfit(shape, f"(rows, tokens, features) with {self.rows} rows, as many as the routing has")
+        yield Part(0, self.rows, shape[1], self)
+
     def path(self, tokens: int, dtype: torch.dtype) -> Path:
         """The cheapest way to apply this routing to inputs of `tokens` tokens per row."""
         key = (tokens, dtype)
@@ -98,6 +108,56 @@ class Routing:
             mixer is Mixer.PARAMETERS and bool(pairs) for mixer, pairs in zip(self._mixers, self._pairs, strict=True)
         ]
         return torch.tensor(flags, device=self._device) if any(flags) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`rows` x `tokens` consecutive tokens of a flattened input, from `first` on, that one routing serves."""
+
+    first: int
+    rows: int
+    tokens: int
+    routing: Routing
+
+
+class PackedRouting:
+    """Routings for parts of one packed row of tokens: an input of shape (1, tokens, features).
+
+    Some modules, such as the output embeddings, see only some of the tokens: `kept` is their routing.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Routing, int]], epoch: int, kept: PackedRouting | None = None) -> None:
+        """`parts`: each routing with the number of tokens of each of its rows."""
+        self._parts: list[Part] = []
+        self.tokens = 0
+        for routing, tokens in parts:
+            if not routing.is_empty:
+                self._parts.append(Part(self.tokens, routing.rows, tokens, routing))
+            self.tokens += routing.rows * tokens
+        self.epoch = epoch
+        self._kept = kept
+        self.used_slots = frozenset[int]().union(*(part.routing.used_slots for part in self._parts))
+        self.is_empty = not self.used_slots
+
+    def parts(self, shape: torch.Size) -> Sequence[Part]:
+        """How an input of this shape is cut up; parts that use no adapter are left out.
+
+        Raises:
+            InvalidInputError: the shape is not (1, tokens, features) with as many tokens as the routing has.
+        """
+        if len(shape) == 3 and shape[0] == 1:
+            if shape[1] == self.tokens:
+                return self._parts
+            if self._kept is not None and shape[1] == self._kept.tokens:
+                return self._kept.parts(shape)
+        raise _misfit(shape, f"(1, tokens, features) with {self.tokens} tokens, as many as the routing has")
+
+
+def _misfit(shape: torch.Size, expected: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"an input has the shape {tuple(shape)}; expected {expected}. Models that flatten rows and tokens or send "
+        "only some of them through a module (mixture of experts) cannot have adapters there."
+    )
 
 
 def _pairs(row: RowRoute, slot_of: Mapping[AdapterRef, int]) -> Pairs:

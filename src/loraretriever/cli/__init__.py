@@ -147,9 +147,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Most probable tokens kept; 0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least share of the best token's probability; 0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of tokens in prompt and answer; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Of tokens in the answer; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time; 0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Answers to each prompt.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json or --output: log-probabilities, and so many alternatives.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string (repeatable).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer to one prompt as it comes.")] = False,
     retriever: RetrieverOption = None,
     encoder: EncoderOption = None,
     base_model: BaseModelOption = None,
@@ -166,37 +175,48 @@ def generate(
 
     keep_freed_memory()
     rows = read_prompts(prompts, input_file)
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        seed=seed, stop=tuple(stop or ()), logprobs=logprobs, n=n,
+    )  # fmt: skip
+    how: dict[str, Any] = {
+        "k": k, "strategy": strategy, "weighting": weighting, "threshold": threshold, "exclude": exclude or (),
+        "only": only, "tags": tag or (), "tenant": tenant, "sampling": sampling, "chat": not raw,
+    }  # fmt: skip
+    if stream and (len(rows) != 1 or n != 1 or output or as_json):
+        raise InvalidInputError("--stream prints one answer to one prompt; leave out --n, --output and --json.")
     named = None if adapters is None else parse_weights(adapters)
     settings = {
         "retriever": retriever, "encoder": encoder, "base_model": base_model, "device": device, "dtype": dtype,
         "batch_size": batch_size, "slots": slots,
     }  # fmt: skip
-    answers: dict[int, dict[str, Any]] = {}
-    completions: dict[int, Completion] = {}
+    answers: dict[tuple[int, int], dict[str, Any]] = {}
+    completions: dict[tuple[int, int], Completion] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(LoraRetriever.open(pool, **settings))
         console.print_problems(opened.pool.problems)
+        if stream:
+            submission = opened.submit(rows[0]["inputs"], adapters=named, **how)
+            console.print_stream(submission)
+            return
         file = stack.enter_context(AnswerFile(output)) if output else None
-        advance = stack.enter_context(console.progress("generating", len(rows)))
-        for position, completion in opened.stream(
-            [row["inputs"] for row in rows], k=k, strategy=strategy, weighting=weighting, threshold=threshold,
-            exclude=exclude or (), only=only, tags=tag or (), tenant=tenant, adapters=named, sampling=sampling,
-            chat=not raw,
-        ):  # fmt: skip
-            answers[position] = console.completion_json(rows[position], completion)
+        advance = stack.enter_context(console.progress("generating", n * len(rows)))
+        for position, completion in opened.stream([row["inputs"] for row in rows], adapters=named, **how):
+            key = position, completion.index
+            answers[key] = console.completion_json(rows[position], completion)
             if file:
-                file.add(answers[position])
-            completions[position] = completion
+                file.add(answers[key])
+            completions[key] = completion
             advance()
         if file:
-            file.finish(answers[position] for position in range(len(rows)))
+            file.finish(answers[key] for key in sorted(answers))
             return
-    for position in range(len(rows)):
+    for key in sorted(completions):
         if as_json:
-            console.print_json(answers[position])
+            console.print_json(answers[key])
         else:
-            console.print_completion(completions[position])
+            console.print_completion(completions[key])
 
 
 def _quiet_libraries() -> None:

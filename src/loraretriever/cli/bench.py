@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraretriever import console
-from loraretriever.cli.options import DeviceOption, EncoderOption, JsonOption
+from loraretriever.cli.options import BaseModelOption, DeviceOption, EncoderOption, JsonOption
 from loraretriever.config import load_settings
 from loraretriever.errors import InvalidInputError
 
@@ -72,6 +72,72 @@ def bench_retrieval(
         console.print_json(report)
     else:
         console.print_retrieval(report)
+
+
+@bench_app.command("engine")
+def bench_engine(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds and requests; some contenders at one workload only.")
+    ] = False,
+    pool: Annotated[
+        str | None, typer.Option(help="Take this pool's adapters.", metavar="DIR", show_default="the demo's")
+    ] = None,
+    base_model: BaseModelOption = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Measure only this contender (repeatable).", metavar="NAME")
+    ] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help="Only this workload: uniform or realistic.", metavar="NAME")
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help="Also measure vLLM: the Python of an environment that has it.", metavar="PYTHON")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "float32",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns that each contender gets.", show_default="5; quick 3")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor.", show_default="torch's choice")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths, arrivals and adapters.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast mixed batches are answered: by this engine, transformers, PEFT and vLLM, taking turns."""
+    from loraretriever.engine.memory import keep_freed_memory
+    from loraretriever.evaluate import engine_bench
+    from loraretriever.evaluate.demo import demo_folder
+
+    keep_freed_memory()
+    options = engine_bench.Options(
+        pool=pool or demo_folder() / "pool",
+        base_model=base_model,
+        dtype=dtype,
+        rounds=rounds or (engine_bench.QUICK_ROUNDS if quick else engine_bench.ROUNDS),
+        threads=threads,
+        seed=seed,
+        quick=quick,
+        sizes=engine_bench.QUICK_SIZES if quick else engine_bench.SIZES,
+        only=tuple(only or ()),
+        workloads=tuple(workload or engine_bench.WORKLOADS),
+        vllm=vllm,
+    )
+    if output is not None:
+        _check_writable(output)
+    with console.progress("measuring", engine_bench.count_steps(options), enabled=not as_json) as advance:
+        report = engine_bench.bench_engine(options, advance)
+    if output is not None:
+        output.write_text(console.to_json(report) + "\n", encoding="utf-8")
+    if as_json:
+        console.print_json(report)
+    else:
+        console.print_engine(report)
+
+
+def _check_writable(file: Path) -> None:
+    """Before minutes of measuring."""
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise InvalidInputError(f"--output is {str(file)!r}: {error}; expected a file that can be written.") from error
 
 
 def _read_samples(

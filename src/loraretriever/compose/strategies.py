@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 from loraretriever.errors import InvalidInputError
-from loraretriever.types import Composition, Hit, Mixer
+from loraretriever.types import Composition, Hit, Merge, Mixer
 
 ENTRY_POINT_GROUP = "loraretriever.strategies"
 
@@ -46,7 +46,23 @@ def fusion(hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
     return Composition("fusion", tuple(hit.adapter for hit in hits), tuple(weights), Mixer.PARAMETERS)
 
 
-BUILT_IN: Mapping[str, Strategy] = {"selection": selection, "mixture": mixture, "fusion": fusion}
+def merging(method: str, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """One new adapter made of the adapters by a method of `compose/merge.py`, with its default options.
+
+    One adapter alone acts with its weight, as in a mixture: all methods leave it as it is.
+    """
+    merge = Merge(method) if len(hits) > 1 else None
+    return Composition(method, tuple(hit.adapter for hit in hits), tuple(weights), merge=merge)
+
+
+# Of the merges, those that take seconds, and not many minutes, for a model with billions of parameters.
+MERGING = ("dare_linear", "dare_ties", "svd", "ties")
+BUILT_IN: Mapping[str, Strategy] = {
+    "selection": selection,
+    "mixture": mixture,
+    "fusion": fusion,
+    **{method: functools.partial(merging, method) for method in MERGING},
+}
 
 
 @functools.cache
@@ -80,7 +96,7 @@ def get_strategy(name: str) -> Strategy:
 
 
 def compose_explicit(strategy: str, weights: Mapping[str, float]) -> Composition:
-    """A composition of adapters and weights that the caller names; mixture and fusion use the weights as given.
+    """A composition of adapters and weights that the caller names; all strategies but selection use them as given.
 
     Raises:
         InvalidInputError: no adapter, an unknown strategy, or a weight that is not a finite number.

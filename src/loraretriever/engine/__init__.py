@@ -1,5 +1,5 @@
 """Running compositions: from requests to generations."""
 
-from loraretriever.engine.base import Engine
+from loraretriever.engine.base import Answers, Engine
 
-__all__ = ["Engine"]
+__all__ = ["Answers", "Engine"]

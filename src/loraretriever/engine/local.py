@@ -1,121 +1,340 @@
-"""The local engine: static batches on a transformers model, each row under its own composition.
+"""The local engine: continuous batching on a transformers model, each sequence under its own composition.
 
-Requests are sorted by length and put into batches whose adapters fit the slots together. A later engine with
-batches made anew at every step has the same interface.
+Every step runs the plan of `scheduler.py` through `runner.py`, samples (`sampler.py`) and hands out text (`text.py`).
+One thread does that; any thread may submit and abort. The lock guards all bookkeeping; the model runs outside it.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
-from typing import Any, Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, cast
 
-from loraretriever.batch import AdapterRef, LoraLayers, RowRoute
-from loraretriever.engine.runner import BatchRunner
-from loraretriever.engine.sequence import Sequence
-from loraretriever.errors import InvalidInputError
+from loraretriever.batch import AdapterRef, LoraLayers
+from loraretriever.compose.merged import MergedStore
+from loraretriever.engine.adapters import Adapters, AdapterSource
+from loraretriever.engine.prefixes import BLOCK
+from loraretriever.engine.runner import ModelRunner, Work, check_length
+from loraretriever.engine.sampler import Sampler, check_sampling
+from loraretriever.engine.scheduler import Job, Limits, Plan, Scheduler
+from loraretriever.engine.sequence import Sequence, Sink, tokenize
+from loraretriever.engine.stream import Stream
+from loraretriever.errors import InvalidInputError, OverloadedError
 from loraretriever.models import BaseModel
-from loraretriever.types import Adapter, AdapterWeights, Composition, Generation, Request
+from loraretriever.types import Generation, Piece, Request
 
-# Finished rows leave the batch once this share of it is done: dropping a row copies the cache of the others.
-_DROP_SHARE = 0.25
-
-
-class AdapterSource(Protocol):
-    """Where adapters come from; `Pool` is one."""
-
-    def get(self, name: str) -> Adapter:
-        """The current revision of an adapter."""
-        ...
-
-    def weights(self, name: str, digest: str | None = None) -> AdapterWeights:
-        """The factors of the revision with that digest, even if it is no longer the current one."""
-        ...
+_log = logging.getLogger(__name__)
+_MIB = 1 << 20
+_RETRY = 0.05  # seconds until what cannot go on is tried again
+_LINGER = 1.0  # seconds that the thread waits for the next request; an engine that nobody uses can be collected
 
 
 class LocalEngine:
-    """Runs requests on one model in this process. Not safe for several threads."""
+    """Runs requests on one model in this process. Any thread may use it; `close` it in the end."""
 
-    def __init__(self, base: BaseModel, source: AdapterSource, slots: int = 32, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        source: AdapterSource,
+        *,
+        slots: int = 32,
+        batch_size: int = 32,
+        step_tokens: int = 256,
+        cache_mib: int = 2048,
+        prefix_mib: int = 256,
+        host_mib: int = 1024,
+        queue: int = 1024,
+        merged: MergedStore | None = None,
+    ) -> None:
         """Prepare the model.
 
         Args:
-            base: its linear modules get adapters while a batch runs; it is the plain base model otherwise.
-            source: looked up at every call; a call keeps the revisions that it started with.
-            slots: adapters in memory at once; bounds the distinct adapters of one batch.
-            batch_size: rows of one batch at most.
-        """
-        self._base = base
-        self._source = source
-        self._batch_size = batch_size
-        self._layers = LoraLayers(base.model, slots, lambda ref: source.weights(ref.name, ref.digest))
-        self._end_ids = _end_ids(base)
-        config = base.model.config.get_text_config()
-        self._max_length = int(getattr(config, "max_position_embeddings", sys.maxsize))
-
-    def run(self, requests: Ordered[Request]) -> Iterator[tuple[int, Generation]]:
-        """Yield (position in `requests`, result) in the order of completion.
+            base: its linear modules get adapters; between steps it is the plain base model.
+            source: looked up when a request comes in; the request keeps the revisions of that moment.
+            slots: adapters on the device at once, which bounds the distinct adapters of the running sequences.
+            batch_size: sequences that run at once.
+            step_tokens: tokens through the model in one step; prompts get what those that decode leave.
+            cache_mib: memory for keys and values of running sequences.
+            prefix_mib: memory for those of prompts' beginnings, which are not computed again.
+            host_mib: memory for adapters outside the slots. Those that run and those to run next are held anyway.
+            queue: sequences that may wait.
+            merged: keeps the adapters that merging strategies make; None: each is made whenever it is loaded.
 
         Raises:
-            InvalidInputError: a prompt is empty or too long, or a request uses more adapters than there are slots.
-            AdapterNotFoundError: an adapter is not in the pool.
+            ModelLoadError: the model does not work with this engine.
+            InvalidInputError: a size is out of its range.
         """
-        start = time.perf_counter()
-        sequences = [
-            Sequence(position, request, self._base.tokenizer, self._max_length)
-            for position, request in enumerate(requests)
-        ]
-        routes = self._routes([request.composition for request in requests])
-        for batch in self._make_batches(sequences, routes):
-            yield from self._run_batch(batch, routes, start)
+        self._base = base
+        self._lock = threading.Condition()
+        self._sequences: dict[Job, Sequence] = {}  # that have not ended
+        self._layers = LoraLayers(base.model, slots, lambda ref: self._adapters.store.get(ref))
+        self._runner = ModelRunner(base.model, self._layers, cache_mib * _MIB, prefix_mib * _MIB)
+        limits = Limits(batch_size, max(step_tokens, batch_size), slots, queue)
+        memory = _Memory(self._runner, self._sequences)
+        self._scheduler = Scheduler(limits, memory, lambda ref: self._is_ready(cast(AdapterRef, ref)))
+        self._adapters = Adapters(source, self._layers.prepare, host_mib * _MIB, merged, self._wake)
+        self._sampler = Sampler(base.model.device)
+        self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
+        self._end_ids = _end_ids(base)
+        self._thread: threading.Thread | None = None
+        self._woken = False
+        self._closed = False
 
-    def _routes(self, compositions: Ordered[Composition]) -> list[RowRoute]:
-        names = {name for composition in compositions for name in composition.adapters}
-        refs = {name: AdapterRef(name, self._source.get(name).digest) for name in sorted(names)}
-        routes = [RowRoute(tuple(refs[name] for name in c.adapters), c.weights, c.mixer) for c in compositions]
-        most = max((len(set(route.adapters)) for route in routes), default=0)
-        if most > self._layers.slots:
-            raise InvalidInputError(
-                f"a request uses {most} adapters, but there are {self._layers.slots} slots; "
-                "raise the number of slots or ask for fewer adapters."
-            )
-        return routes
+    def submit(self, request: Request) -> Stream:
+        """Let a request join the running ones as soon as there is room.
 
-    def _make_batches(self, sequences: list[Sequence], routes: list[RowRoute]) -> list[list[Sequence]]:
-        """First fit, in the order of length, so that rows of a batch need little padding."""
-        batches: list[tuple[list[Sequence], set[AdapterRef]]] = []
-        for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
-            adapters = set(routes[sequence.position].adapters)
-            for rows, used in batches:
-                if len(rows) < self._batch_size and len(used | adapters) <= self._layers.slots:
-                    break
-            else:
-                rows, used = [], set()
-                batches.append((rows, used))
-            rows.append(sequence)
-            used |= adapters
-        return [rows for rows, _ in batches]
+        Raises:
+            InvalidInputError: it can never run (too long, more adapters than slots).
+            AdapterNotFoundError: an adapter is not in the pool.
+            OverloadedError: the queue is full; try again later.
+        """
+        sequences: list[Sequence] = []
+        stream = Stream(request.sampling.n, lambda: self._abort(sequences))
+        sequences += self._make(request, 0, stream)
+        self._add(sequences)
+        return stream
 
-    def _run_batch(
-        self, rows: list[Sequence], routes: list[RowRoute], start: float
-    ) -> Iterator[tuple[int, Generation]]:
-        runner = BatchRunner(self._base.model, rows, self._base.tokenizer.pad_token_id)
+    def run(self, requests: Ordered[Request]) -> Iterator[tuple[int, Generation]]:
+        """Yield (position in `requests`, answer) in the order of completion, `n` answers for each request.
+
+        Waits where the queue is full. Closing the iterator aborts what has not ended.
+
+        Raises:
+            InvalidInputError, AdapterNotFoundError: as `submit`; nothing has been run then.
+        """
+        done: SimpleQueue[tuple[int, Generation | Exception]] = SimpleQueue()
+        made = [self._make(request, i, _Collector(i, done)) for i, request in enumerate(requests)]
+        waiting, outstanding = deque(made), 0
+        try:
+            while waiting or outstanding:
+                while waiting and self._try_add(waiting[0]):
+                    outstanding += len(waiting.popleft())
+                try:
+                    position, outcome = done.get(timeout=_RETRY if waiting else None)
+                except Empty:
+                    continue
+                if isinstance(outcome, Exception):
+                    raise outcome
+                outstanding -= 1
+                yield position, outcome
+        finally:
+            self._abort([sequence for sequences in made for sequence in sequences])
+
+    def close(self) -> None:
+        """Abort what runs, stop the threads, and give the model its own modules back. May be called twice."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            self._lock.notify_all()
+        if thread is not None:
+            thread.join()
+        self._abort(list(self._sequences.values()))
+        self._adapters.close()
+        self._layers.eject()
+
+    def _make(self, request: Request, position: int, sink: Sink) -> list[Sequence]:
+        """The sequences of a request, checked but not added."""
+        sampling = request.sampling
+        ids = tokenize(request, self._base.tokenizer)
+        check_length(len(ids), sampling.max_tokens, self._runner.max_length, position)
+        check_sampling(sampling, self._vocabulary)
+        route, now = self._adapters.route(request.composition), time.monotonic()
+        made: list[Sequence] = []
+        for index in range(sampling.n):
+            leader = made[0] if made else None
+            made.append(Sequence(request, index, ids, route, self._base.tokenizer, sink, now, leader))
+        self._scheduler.check_fit(made[0].job.longest, made[0].job.adapters, len(made))
+        return made
+
+    def _add(self, sequences: list[Sequence]) -> None:
+        with self._lock:
+            if self._closed:
+                raise InvalidInputError("the engine is closed; make a new one.")
+            first = sequences[0].job
+            self._scheduler.check(first.longest, first.adapters, len(sequences))
+            for sequence in sequences:
+                self._scheduler.add(sequence.job, time.monotonic())
+                self._sequences[sequence.job] = sequence
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="local-engine", daemon=True)
+                self._thread.start()
+            self._lock.notify_all()
+
+    def _try_add(self, sequences: list[Sequence]) -> bool:
+        try:
+            self._add(sequences)
+        except OverloadedError:
+            return False
+        return True
+
+    def _abort(self, sequences: Ordered[Sequence]) -> None:
+        with self._lock:
+            for sequence in sequences:
+                if sequence.job in self._sequences:
+                    self._end(sequence, "aborted")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        self._leave(sequence)
+        sequence.end(reason, time.monotonic())
+
+    def _fail(self, sequences: Ordered[Sequence], error: Exception) -> None:
+        for sequence in sequences:
+            self._leave(sequence)
+            sequence.fail(error)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence.job)
+        del self._sequences[sequence.job]
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._woken = True
+            self._lock.notify_all()
+
+    def _is_ready(self, ref: AdapterRef) -> bool:
+        return self._layers.holds(ref) or self._adapters.store.is_ready(ref)
+
+    # From here on, all runs in the engine's thread.
+
+    def _loop(self) -> None:
         while True:
-            with self._layers.use(self._layers.route([routes[row.position] for row in rows])):
-                tokens = runner.step()
-            for row, token in zip(rows, tokens, strict=True):
-                if row.finish_reason is None:
-                    row.append(token, self._end_ids)
-                    if row.finish_reason is not None:
-                        yield row.position, row.result(time.perf_counter() - start)
-            running = [place for place, row in enumerate(rows) if row.finish_reason is None]
-            if not running:
-                return
-            if len(running) <= (1 - _DROP_SHARE) * len(rows):
-                runner.keep(running)
-                rows = [rows[place] for place in running]
+            with self._lock:
+                if not self._sequences and not self._closed:
+                    self._lock.wait(_LINGER)
+                if not self._sequences or self._closed:
+                    self._thread = None
+                    return
+                self._woken = False
+            try:
+                progressed = self._step()
+            except Exception as error:  # whatever it is, those who wait for an answer must hear of it
+                _log.exception("a step of the engine failed")
+                with self._lock:
+                    self._fail(list(self._sequences.values()), error)
+                continue
+            if not progressed:
+                with self._lock:
+                    if not self._woken and not self._closed:
+                        self._lock.wait(_RETRY)  # an adapter is loaded meanwhile
+
+    def _step(self) -> bool:
+        """Plan and run one step; False if nothing can run now."""
+        with self._lock:
+            plan = self._scheduler.plan(time.monotonic())
+            chunks = self._prepare(plan)
+            works = [self._work(sequence, count) for sequence, count in chunks]
+        if not works:
+            return False
+        logits, order = self._runner.step(works)
+        rows = [chunks[i][0] for i in order]
+        sampled = self._sampler.sample(logits, rows) if rows else []
+        now = time.monotonic()
+        with self._lock:
+            for sequence, count in chunks:
+                if sequence.job in self._sequences:
+                    sequence.job.computed += count
+                    self._keep_prefix(sequence)
+            for sequence, token in zip(rows, sampled, strict=True):
+                if sequence.job in self._sequences:
+                    sequence.job.tokens += 1
+                    sequence.append(token, self._end_ids, now)
+                    if sequence.finish_reason is not None:
+                        self._leave(sequence)
+        return True
+
+    def _prepare(self, plan: Plan) -> list[tuple[Sequence, int]]:
+        """End what is late, fetch adapters into slots, and settle the cache; the chunks that can run."""
+        for job in plan.expired:
+            self._end(self._sequences[job], "timeout")
+        pinned = cast("frozenset[AdapterRef]", self._scheduler.pinned)
+        self._adapters.store.keep({*pinned, *cast("tuple[AdapterRef, ...]", plan.wanted)})
+        self._adapters.prefetch(cast("tuple[AdapterRef, ...]", plan.prefetch))
+        for job in plan.admitted:
+            self._fetch(self._sequences[job])
+        self._layers.acquire(sorted(cast("frozenset[AdapterRef]", self._scheduler.pinned), key=lambda ref: ref.digest))
+        self._runner.settle()
+        chunks = [(self._sequences[job], count) for job, count in plan.chunks if job in self._sequences]
+        for job in plan.admitted:
+            sequence = self._sequences.get(job)
+            if sequence is not None and sequence.blocks:
+                self._runner.load_prefix(self._runner.table[job], sequence.blocks)
+        return chunks
+
+    def _fetch(self, sequence: Sequence) -> None:
+        """Have the adapters of a sequence in host memory or in a slot; it fails if one cannot be loaded."""
+        try:
+            for ref in sequence.route.adapters:
+                if not self._layers.holds(ref):
+                    self._adapters.store.get(ref)
+        except Exception as error:  # of the pool, the file system, or a merge
+            self._fail([sequence], error)
+
+    def _work(self, sequence: Sequence, count: int) -> Work:
+        job = sequence.job
+        is_last = job.computed + count == job.tokens
+        tokens = sequence.tokens(job.computed, count)
+        return Work(self._runner.table[job], job.computed, tokens, sequence.route, is_last)
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Once a prompt has been computed, let others begin with it."""
+        if not sequence.is_kept and sequence.job.computed >= len(sequence.prompt_ids):
+            sequence.is_kept = True
+            blocks = self._runner.prefixes.add(sequence.route, sequence.prompt_ids)
+            if blocks:
+                self._runner.settle()
+                self._runner.save_prefix(self._runner.table[sequence.job], blocks)
+
+
+class _Memory:
+    """The cache, as the scheduler asks for room in it."""
+
+    def __init__(self, runner: ModelRunner, sequences: Mapping[Job, Sequence]) -> None:
+        self._runner = runner
+        self._sequences = sequences
+
+    def place(self, job: Job, tokens: int) -> bool:
+        """See `scheduler.Memory`."""
+        return self._runner.table.place(job, tokens)
+
+    def remove(self, job: Job) -> None:
+        """See `scheduler.Memory`."""
+        self._runner.table.remove(job)
+
+    def fits(self, tokens: int) -> bool:
+        """See `scheduler.Memory`."""
+        return self._runner.table.fits(tokens)
+
+    def reuse(self, job: Job) -> int:
+        """See `scheduler.Memory`."""
+        sequence = self._sequences[job]
+        sequence.blocks = self._runner.prefixes.find(sequence.route, sequence.tokens(0, job.tokens - 1))
+        if sequence.cached is None:
+            sequence.cached = len(sequence.blocks) * BLOCK
+        return len(sequence.blocks) * BLOCK
+
+
+class _Collector:
+    """A sink for `run`: the answers of many requests in one queue."""
+
+    def __init__(self, position: int, done: SimpleQueue[tuple[int, Generation | Exception]]) -> None:
+        self._position = position
+        self._done = done
+
+    def piece(self, piece: Piece) -> None:
+        """See `Sink`; the whole answer comes at its end."""
+
+    def finish(self, generation: Generation) -> None:
+        """See `Sink`."""
+        self._done.put((self._position, generation))
+
+    def fail(self, error: Exception) -> None:
+        """See `Sink`."""
+        self._done.put((self._position, error))
 
 
 def _end_ids(base: BaseModel) -> frozenset[int]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from batch_helpers import ATTENTION, MLP, Library, difference, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from batch_helpers import ATTENTION, MLP, Library, difference, tiny_model
 from loraretriever.batch import BASE_ROW, AdapterRef, LoraLayers, RowRoute, SlotTable, routing
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import LoraPair, Mixer
@@ -182,7 +182,7 @@ def test_inputs_are_let_go() -> None:
         model([("q_proj", x)])
         assert group._x is x
         model([("k_proj", x), ("v_proj", x)])
-        assert group._x is None and group._h is None
+        assert group._x is None and not group._parts
         model([("q_proj", x)])
     assert group._x is None
 

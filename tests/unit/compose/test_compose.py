@@ -8,8 +8,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from loraretriever.compose import compose_explicit, cover, get_strategy, strategies, strategy_names, weigh
+from loraretriever.compose.merge import MERGES
 from loraretriever.errors import InvalidInputError
-from loraretriever.types import Composition, Hit, Mixer
+from loraretriever.types import Composition, Hit, Merge, Mixer
 
 HITS = [Hit("a", 0.9, 2.5), Hit("b", 0.7, 1.0), Hit("c", 0.6, -0.5)]
 
@@ -21,6 +22,22 @@ def test_selection_takes_the_best() -> None:
 @pytest.mark.parametrize(("name", "mixer"), [("mixture", Mixer.OUTPUTS), ("fusion", Mixer.PARAMETERS)])
 def test_mixture_and_fusion_take_all(name: str, mixer: Mixer) -> None:
     assert get_strategy(name)(HITS, [0.5, 0.3, 0.2]) == Composition(name, ("a", "b", "c"), (0.5, 0.3, 0.2), mixer)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties", "svd"])
+def test_merges_take_all(name: str) -> None:
+    expected = Composition(name, ("a", "b", "c"), (0.5, 0.3, 0.2), merge=Merge(name))
+    assert get_strategy(name)(HITS, [0.5, 0.3, 0.2]) == expected
+    assert name in MERGES and name in strategy_names()
+    assert compose_explicit(name, {"b": -0.3, "a": 1.7}) == Composition(
+        name, ("a", "b"), (1.7, -0.3), merge=Merge(name)
+    )
+
+
+@pytest.mark.parametrize("name", strategies.MERGING)
+def test_a_merge_of_one_is_none(name: str) -> None:
+    assert get_strategy(name)(HITS[:1], [1.0]) == Composition(name, ("a",), (1.0,), Mixer.OUTPUTS)
+    assert compose_explicit(name, {"a": 0.7}) == Composition(name, ("a",), (0.7,), Mixer.OUTPUTS)
 
 
 def test_uniform_weights() -> None:
@@ -105,7 +122,8 @@ def plug_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_entry_points_add_strategies_but_replace_none(plug_ins: None) -> None:
     assert get_strategy("best-two")(HITS, []).adapters == ("a", "b")
     assert get_strategy("selection")(HITS, []).adapters == ("a",)
-    assert strategy_names() == ["best-two", "broken", "fusion", "mixture", "selection"]
+    built_in = {"dare_linear", "dare_ties", "fusion", "mixture", "selection", "svd", "ties"}
+    assert strategy_names() == sorted({"best-two", "broken", *built_in})
 
 
 def test_a_broken_plug_in_breaks_nothing_else(plug_ins: None) -> None:
