@@ -122,10 +122,8 @@ class LoraGroup:
             self._remember(routing, stack, name, x)
         if not y.is_contiguous():
             y = y.contiguous()
-        flat = y.view(-1, y.shape[-1])
         for part, path, h in self._parts:
-            rows = flat[part.first : part.first + part.rows * part.tokens]
-            path.add(rows.view(part.rows, part.tokens, -1), h, member, stack.b[member])
+            path.add(part.of(y), h, member, stack.b[member])
         self._served.add(member)
         if len(self._served) == len(stack.b):
             self.forget()
@@ -137,13 +135,11 @@ class LoraGroup:
             parts = routing.parts(x.shape)
         except InvalidInputError as error:
             raise InvalidInputError(f"module {name!r}: {error}") from None
-        flat = x.reshape(-1, x.shape[-1])
+        whole = x if x.is_contiguous() else x.contiguous()
         for part in parts:
             if not part.routing.used_slots.isdisjoint(stack.filled):
                 path = part.routing.path(part.tokens, x.dtype)
-                rows = flat[part.first : part.first + part.rows * part.tokens]
-                hidden = path.hidden(rows.view(part.rows, part.tokens, -1), stack.a)
-                self._parts.append((part, path, hidden))
+                self._parts.append((part, path, path.hidden(part.of(whole), stack.a)))
         self._x, self._x_version, self._served = x, _version(x), set()
 
     def forget(self) -> None:

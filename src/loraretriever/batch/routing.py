@@ -63,7 +63,7 @@ class Routing:
         self._choices: dict[tuple[int, torch.dtype], Path] = {}
 
     def parts(self, shape: torch.Size) -> Iterator[Part]:
-        """How an input of this shape is cut up: not at all.
+        """How an input of this shape is cut up: not at all. The input may lie in memory in any way.
 
         Raises:
             InvalidInputError: the shape is not (rows, tokens, features) with as many rows as the routing has.
@@ -118,6 +118,13 @@ class Part:
     rows: int
     tokens: int
     routing: Routing
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """This part of an input or output. Shapes: x (..., features), contiguous; returns (rows, tokens, features)."""
+        features, count = x.shape[-1], self.rows * self.tokens
+        if x.numel() == count * features:
+            return x.view(self.rows, self.tokens, features)
+        return x.view(-1, features)[self.first : self.first + count].view(self.rows, self.tokens, features)
 
 
 class PackedRouting:
