@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from common import CLOCKS, SEED, Output, alternate, summarize
 from loraretriever.batch import BASE_ROW, AdapterRef, LoraLayers, RowRoute
+from loraretriever.batch.kernels import available
 from loraretriever.batch.reference import paper_mixture
 from loraretriever.batch.routing import Routing
 from loraretriever.engine.memory import keep_freed_memory
@@ -93,9 +94,9 @@ class FixedCosts:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def cheapest(self, *sizes: object) -> str:
-        """The one path."""
-        return self._path
+    def cheapest(self, rows: int, tokens: int, *sizes: object) -> str:
+        """The one path; the kernels are for decoding only."""
+        return "gathered" if self._path == "kernels" and tokens > 1 else self._path
 
 
 def routings(layers: LoraLayers, rows: list[RowRoute], paths: bool) -> dict[str, Routing]:
@@ -105,7 +106,7 @@ def routings(layers: LoraLayers, rows: list[RowRoute], paths: bool) -> dict[str,
         slot_of = layers.acquire([ref for row in rows for ref in row.adapters])
         epoch = layers.route(rows).epoch
         device = layers.device
-        for path in PATHS:
+        for path in (*PATHS, *(("kernels",) if available(device) else ())):
             named[f"ours/{path}"] = Routing(rows, slot_of, device, epoch, FixedCosts(path))
     return named
 

@@ -171,4 +171,6 @@ class OnePath:
         self._path = path
 
     def cheapest(self, rows: int, tokens: int, width: int, counts: Sequence[int], additive: bool) -> str:
+        if self._path == "kernels" and tokens > 1:
+            return "gathered"
         return "grouped" if self._path == "split" and not additive else self._path

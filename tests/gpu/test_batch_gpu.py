@@ -7,6 +7,7 @@ import torch
 
 from batch_helpers import FAMILIES, Library, OnePath, check_rows, mixed_rows, tiny_model
 from loraretriever.batch import LoraLayers, routing
+from loraretriever.batch.kernels import available
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,12 +15,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered", "grouped", "split"])
+@pytest.mark.parametrize("path", ["dense", "gathered", "grouped", "split", "kernels"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06), (torch.float16, 0.01)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_rows_on_cuda(
     family: str, dtype: torch.dtype, tolerance: float, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if path == "kernels" and not available(torch.device("cuda")):
+        pytest.skip("needs Triton and a GPU that it supports")
     monkeypatch.setattr(routing, "cost_model", lambda device, dtype: OnePath(path))
     model = tiny_model(family)
     library = Library(model)

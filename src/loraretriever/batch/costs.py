@@ -17,12 +17,15 @@ class CostModel:
     `read`: reading a parameter from memory once. `narrow` and `wide`: what a batched product of up to `NARROW` or
     more rows for each slot adds to that, per parameter. `fixed`: the extra operations of a path that is not dense,
     as if they were slots (a slot of rank 8 has about 20,000 parameters in a q/k/v group of a small model).
+    `again`: reading a parameter once more while it is in the device's cache, as the GPU kernels do for each further
+    row of a slot; None: there are no kernels, or they are not to be used.
     """
 
     read: float
     narrow: float
     wide: float
     fixed: float
+    again: float | None = None
 
     def dense(self, rows: int, tokens: int, span: int) -> float:
         """Every row through slots [0, span): one product for all A, one for all B."""
@@ -45,7 +48,7 @@ class CostModel:
         return first + self.grouped(tokens, rest) + 2 * self.read * len(rest) if rest else first
 
     def cheapest(self, rows: int, tokens: int, width: int, counts: Sequence[int], additive: bool) -> str:
-        """`dense`, `gathered`, `grouped` or `split`; the first of them if costs are equal.
+        """`dense`, `gathered`, `grouped`, `split` or `kernels`; the first of them if costs are equal.
 
         Args:
             rows: rows of the batch.
@@ -61,6 +64,9 @@ class CostModel:
         }
         if additive and max(counts) > NARROW:
             costs["split"] = self.split(tokens, counts)
+        if tokens == 1 and self.again is not None:
+            used = sum(count > 0 for count in counts)
+            costs["kernels"] = used * self.read + (sum(counts) - used) * self.again
         return min(costs, key=lambda path: costs[path])
 
 
@@ -70,6 +76,7 @@ CPU_COSTS = CostModel(read=6.0, narrow=0.0, wide=6.0, fixed=200.0)
 CPU_HALF_COSTS = CostModel(read=4.0, narrow=22.0, wide=22.0, fixed=400.0)
 # Not measured: from the ratio of arithmetic to bandwidth of data-centre GPUs. There, decoding is bound by reading
 # the adapters and by launches, which dense has fewest of; prompts are bound by arithmetic, which gathered saves.
+# The kernels (`batch/kernels`) have never been timed on a GPU: `again` stays None until they have.
 CUDA_COSTS = CostModel(read=100.0, narrow=20.0, wide=20.0, fixed=2000.0)
 
 

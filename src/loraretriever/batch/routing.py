@@ -81,12 +81,6 @@ class Routing:
         return path
 
     def _choose(self, tokens: int, dtype: torch.dtype) -> Path:
-        kinds: dict[str, type[DensePath | GatheredPath | GroupedPath | SplitPath]] = {
-            "dense": DensePath,
-            "gathered": GatheredPath,
-            "grouped": GroupedPath,
-            "split": SplitPath,
-        }
         counts = [0] * (max(self.used_slots) + 1)
         for pairs in self._pairs:
             for slot, _ in pairs:
@@ -94,7 +88,7 @@ class Routing:
         parameters = self._parameters()
         width = max(len(pairs) for pairs in self._pairs)
         costs = self._costs or cost_model(self._device, dtype)
-        kind = kinds[costs.cheapest(self.rows, tokens, width, counts, parameters is None)]
+        kind = _path_class(costs.cheapest(self.rows, tokens, width, counts, parameters is None))
         path = self._paths.get((kind, dtype))
         if path is None:
             with torch.inference_mode(False):  # inference tensors could not serve a later pass with gradients
@@ -158,6 +152,14 @@ class PackedRouting:
             if self._kept is not None and shape[1] == self._kept.tokens:
                 return self._kept.parts(shape)
         raise _misfit(shape, f"(1, tokens, features) with {self.tokens} tokens, as many as the routing has")
+
+
+def _path_class(name: str) -> type[DensePath | GatheredPath | GroupedPath | SplitPath]:
+    if name == "kernels":
+        from loraretriever.batch.kernels.gathered import KernelPath
+
+        return KernelPath
+    return {"dense": DensePath, "gathered": GatheredPath, "grouped": GroupedPath, "split": SplitPath}[name]
 
 
 def _misfit(shape: torch.Size, expected: str) -> InvalidInputError:

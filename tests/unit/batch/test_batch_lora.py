@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from batch_helpers import difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch_helpers import difference
 from loraretriever.batch.costs import CPU_COSTS, CPU_HALF_COSTS
 from loraretriever.batch.paths import DensePath, GatheredPath, GroupedPath, SplitPath
 from loraretriever.batch.reference import merged_update, paper_fusion, paper_mixture

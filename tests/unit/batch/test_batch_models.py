@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from batch_helpers import (
     ATTENTION,
     FAMILIES,
@@ -19,7 +20,6 @@ from batch_helpers import (
     mixed_rows,
     tiny_model,
 )
-
 from loraretriever.batch import BASE_ROW, LoraLayers, RowRoute, routing
 from loraretriever.types import Mixer
 

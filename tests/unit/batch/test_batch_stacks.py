@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from batch_helpers import ATTENTION, MLP, Library, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch_helpers import ATTENTION, MLP, Library, tiny_model
 from loraretriever.batch import LoraLayers, RowRoute
 from loraretriever.batch.stacks import GroupStack, Target, prepare_adapter, write_slot
 from loraretriever.errors import InvalidInputError
