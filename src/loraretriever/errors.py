@@ -30,6 +30,10 @@ class ModelLoadError(LoraRetrieverError):
     """A base model or an encoder cannot be found or loaded."""
 
 
+class EngineError(LoraRetrieverError):
+    """The engine failed while it ran a request; the same request may succeed when it is sent again."""
+
+
 class OverloadedError(LoraRetrieverError):
     """The engine's queue is full; the same request may be sent again later."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,7 @@ class LoraRetriever:
         self.settings = settings
         self._load_retriever = load_retriever
         self._load_engine = load_engine
+        self._loading = threading.RLock()
 
     @classmethod
     def open(cls, pool: str | Path, **settings: Any) -> Self:
@@ -72,14 +75,24 @@ class LoraRetriever:
         checked = load_settings(**settings)
         return cls(Pool.open(pool), checked, _load_retriever, _load_local_engine)
 
-    @cached_property
+    @property
     def retriever(self) -> Retriever:
         """The retriever of this pool."""
+        with self._loading:
+            return self._retriever
+
+    @property
+    def engine(self) -> Engine:
+        """The engine with the base model."""
+        with self._loading:
+            return self._engine
+
+    @cached_property
+    def _retriever(self) -> Retriever:
         return self._load_retriever(self.pool, self.settings)
 
     @cached_property
-    def engine(self) -> Engine:
-        """The engine with the base model."""
+    def _engine(self) -> Engine:
         return self._load_engine(self.pool, self.settings)
 
     def route(
@@ -182,6 +195,7 @@ class LoraRetriever:
         Raises:
             InvalidInputError: an argument cannot be used; nothing has been generated then.
             AdapterNotFoundError: a named adapter is not in the pool.
+            LoraRetrieverError: a prompt failed on its way (its adapter was removed, say); the others are aborted.
         """
         samplings = _one_per_prompt(sampling, len(prompts))
         start = time.perf_counter()
@@ -223,6 +237,9 @@ class LoraRetriever:
             InvalidInputError, AdapterNotFoundError: as in `stream`.
             OverloadedError: too many prompts wait already; try again later.
         """
+        unknown = options.keys() - inspect.signature(self.route).parameters.keys()
+        if unknown:
+            raise TypeError(f"submit() got an unexpected keyword argument {min(unknown)!r}")
         if adapters is None:
             (route,) = self.route([prompt], **options)
             composition = self.compose(route, strategy=strategy, weighting=weighting)
@@ -244,9 +261,11 @@ class LoraRetriever:
 
     def close(self) -> None:
         """Stop the engine, if it was needed, and close the pool."""
-        if "engine" in vars(self):
-            self.engine.close()
-        self.pool.close()
+        try:
+            if "_engine" in vars(self):
+                self._engine.close()
+        finally:
+            self.pool.close()
 
     def __enter__(self) -> Self:
         return self

@@ -311,7 +311,7 @@ class Generation:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    seconds: float  # to the last token
+    seconds: float  # to its end
     index: int = 0  # which of the request's n answers
     first_token_seconds: float | None = None
     cached_tokens: int = 0  # tokens of the prompt that did not have to be computed

@@ -159,7 +159,13 @@ def _path_class(name: str) -> type[DensePath | GatheredPath | GroupedPath | Spli
         from loraretriever.batch.kernels.gathered import KernelPath
 
         return KernelPath
-    return {"dense": DensePath, "gathered": GatheredPath, "grouped": GroupedPath, "split": SplitPath}[name]
+    kinds: dict[str, type[DensePath | GatheredPath | GroupedPath | SplitPath]] = {
+        "dense": DensePath,
+        "gathered": GatheredPath,
+        "grouped": GroupedPath,
+        "split": SplitPath,
+    }
+    return kinds[name]
 
 
 def _misfit(shape: torch.Size, expected: str) -> InvalidInputError:

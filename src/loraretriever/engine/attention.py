@@ -100,7 +100,8 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     """Zeros; on a CPU, of memory that the system gives only where it is written to."""
     if device.type != "cpu" or rows * columns == 0:
         return torch.zeros(rows, columns, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, rows * columns * dtype.itemsize), dtype=dtype).view(rows, columns)
+    private = mmap.mmap(-1, rows * columns * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(private, dtype=dtype).view(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +126,22 @@ class _Run:
 class StepLayout:
     """Where a step's tokens are written to and what they attend to; made once per step, shared by all layers."""
 
-    def __init__(self, memory: Memory, chunks: Sequence[Chunk], device: torch.device) -> None:
-        """`chunks`: those of one token first, in the order of their places."""
+    def __init__(self, memory: Memory, singles: Sequence[Chunk], runs: Sequence[Chunk], device: torch.device) -> None:
+        """The step's tokens are those of `singles`, then those of `runs`.
+
+        Args:
+            singles: the last token of each of these sequences, in the order of their places.
+            runs: other chunks. They read what has been written of their row, and no further.
+        """
         self.memory = memory
         self._device = device
-        self._chunks = chunks
+        self._chunks = [*singles, *runs]
         self._cells: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
-        single = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
-        self.singles = single
-        self._sides = list(self._find_sides(chunks[:single]))
+        self._sides = list(self._find_sides(singles))
         self._runs = []
-        first = single
-        for chunk in chunks[single:]:
+        first = len(singles)
+        for chunk in runs:
             self._runs.append(_Run(first, chunk))
             first += chunk.count
 
@@ -187,7 +191,9 @@ class StepLayout:
         shape = self.memory.shapes[layer]
         keys, values = self.memory.keys[layer], self.memory.values[layer]
         for stack, new in ((keys, key), (values, value)):
-            stack.index_copy_(0, self.cells(shape.heads), new[0].transpose(0, 1).reshape(-1, new.shape[3]))
+            stack.index_copy_(
+                0, self.cells(shape.heads), new[0].transpose(0, 1).reshape(-1, new.shape[3]).to(stack.dtype)
+            )
         q = query[0].transpose(0, 1)
         heads = q.shape[1]
         y = q.new_empty(q.shape[0], heads, shape.value)
@@ -219,8 +225,7 @@ class StepLayout:
         # The heads that share keys become further queries, so that a mask does not need the keys repeated.
         group = heads // shape.heads
         folded = part.view(count, shape.heads, group, -1).permute(1, 2, 0, 3).reshape(1, shape.heads, group * count, -1)
-        mask = self._run_mask(chunk, window).repeat(group, 1)
-        done = _attention(folded, k, v, mask, scale, softcap)
+        done = _attention(folded, k, v, self._run_mask(chunk, window, group), scale, softcap)
         return done.view(shape.heads, group, count, -1).permute(2, 0, 1, 3).reshape(count, heads, -1)
 
     def _side_mask(self, side: _Side, window: int | None) -> torch.Tensor:
@@ -235,8 +240,8 @@ class StepLayout:
             self._masks[key] = mask
         return mask
 
-    def _run_mask(self, chunk: Chunk, window: int | None) -> torch.Tensor:
-        """(count, end) bool."""
+    def _run_mask(self, chunk: Chunk, window: int | None, group: int) -> torch.Tensor:
+        """(group * count, end) bool."""
         key = (-1 - chunk.place.start, window)
         mask = self._masks.get(key)
         if mask is None:
@@ -245,7 +250,7 @@ class StepLayout:
             mask = position <= query
             if window is not None:
                 mask &= position > query - window
-            self._masks[key] = mask
+            mask = self._masks[key] = mask.repeat(group, 1)
         return mask
 
 
@@ -363,8 +368,12 @@ def attending(model: Any, layout: _Layout) -> Iterator[None]:
 
 
 def _configs(model: Any) -> list[Any]:
-    text = model.config.get_text_config()
-    return [model.config] if text is model.config else [model.config, text]
+    """The model's configuration and those inside it, the outer ones first: setting one sets those inside it too."""
+    found = [model.config]
+    for config in found:
+        inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+        found += [each for each in inner if each is not None and not any(each is other for other in found)]
+    return found
 
 
 def register() -> None:

@@ -41,6 +41,7 @@ class Engine(Protocol):
 
         Raises:
             InvalidInputError: a request cannot be run as it is; nothing has been run then.
+            LoraRetrieverError: a request failed on its way; the others have been aborted.
         """
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from queue import Empty, SimpleQueue
@@ -18,9 +18,10 @@ from typing import Any, cast
 from loraretriever.batch import AdapterRef, LoraLayers
 from loraretriever.compose.merged import MergedStore
 from loraretriever.engine.adapters import Adapters, AdapterSource
+from loraretriever.engine.openmp import release_workers
 from loraretriever.engine.prefixes import BLOCK
 from loraretriever.engine.runner import ModelRunner, Work, check_length
-from loraretriever.engine.sampler import Sampler, check_sampling
+from loraretriever.engine.sampler import Sampled, Sampler, check_sampling
 from loraretriever.engine.scheduler import Job, Limits, Plan, Scheduler
 from loraretriever.engine.sequence import Sequence, Sink, tokenize
 from loraretriever.engine.stream import Stream
@@ -58,7 +59,8 @@ class LocalEngine:
             source: looked up when a request comes in; the request keeps the revisions of that moment.
             slots: adapters on the device at once, which bounds the distinct adapters of the running sequences.
             batch_size: sequences that run at once.
-            step_tokens: tokens through the model in one step; prompts get what those that decode leave.
+            step_tokens: tokens through the model in one step, at least `batch_size`; prompts get what those that decode
+                leave.
             cache_mib: memory for keys and values of running sequences.
             prefix_mib: memory for those of prompts' beginnings, which are not computed again.
             host_mib: memory for adapters outside the slots. Those that run and those to run next are held anyway.
@@ -80,10 +82,14 @@ class LocalEngine:
         self._adapters = Adapters(source, self._layers.prepare, host_mib * _MIB, merged, self._wake)
         self._sampler = Sampler(base.model.device)
         self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
+        self._known_ids = int(base.model.get_input_embeddings().weight.shape[0])
         self._end_ids = _end_ids(base)
         self._thread: threading.Thread | None = None
         self._woken = False
         self._closed = False
+        self._stepping: list[Sequence] = []  # what the present step is about
+        self._wanted: frozenset[AdapterRef] = frozenset()  # adapters of those that wait, as of the last step
+        self._aborted: list[Sequence] = []  # by the engine's own thread, in which an iterator of `run` may be collected
 
     def submit(self, request: Request) -> Stream:
         """Let a request join the running ones as soon as there is room.
@@ -106,24 +112,31 @@ class LocalEngine:
 
         Raises:
             InvalidInputError, AdapterNotFoundError: as `submit`; nothing has been run then.
+            LoraRetrieverError: a request failed on its way (its adapter cannot be read, say); the others are aborted.
         """
         done: SimpleQueue[tuple[int, Generation | Exception]] = SimpleQueue()
-        made = [self._make(request, i, _Collector(i, done)) for i, request in enumerate(requests)]
-        waiting, outstanding = deque(made), 0
+        waiting = deque(self._make(request, i, _Collector(i, done)) for i, request in enumerate(requests))
+        running: dict[int, list[Sequence]] = {}
+        left: Counter[int] = Counter()  # answers to come
+        position = 0
         try:
-            while waiting or outstanding:
+            while waiting or running:
                 while waiting and self._try_add(waiting[0]):
-                    outstanding += len(waiting.popleft())
+                    running[position] = waiting.popleft()
+                    left[position] = len(running[position])
+                    position += 1
                 try:
-                    position, outcome = done.get(timeout=_RETRY if waiting else None)
+                    of, outcome = done.get(timeout=_RETRY if waiting else None)
                 except Empty:
                     continue
                 if isinstance(outcome, Exception):
                     raise outcome
-                outstanding -= 1
-                yield position, outcome
+                left[of] -= 1
+                if not left[of]:
+                    del running[of]
+                yield of, outcome
         finally:
-            self._abort([sequence for sequences in made for sequence in sequences])
+            self._abort([sequence for sequences in running.values() for sequence in sequences])
 
     def close(self) -> None:
         """Abort what runs, stop the threads, and give the model its own modules back. May be called twice."""
@@ -133,7 +146,8 @@ class LocalEngine:
             self._lock.notify_all()
         if thread is not None:
             thread.join()
-        self._abort(list(self._sequences.values()))
+        with self._lock:
+            self._abort(list(self._sequences.values()))
         self._adapters.close()
         self._layers.eject()
 
@@ -142,6 +156,11 @@ class LocalEngine:
         sampling = request.sampling
         ids = tokenize(request, self._base.tokenizer)
         check_length(len(ids), sampling.max_tokens, self._runner.max_length, position)
+        if max(ids) >= self._known_ids:
+            raise InvalidInputError(
+                f"prompt {position + 1} has the token {max(ids)}, but the model knows only those below "
+                f"{self._known_ids}; use the model's own tokenizer, or leave that special token out."
+            )
         check_sampling(sampling, self._vocabulary)
         route, now = self._adapters.route(request.composition), time.monotonic()
         made: list[Sequence] = []
@@ -152,6 +171,7 @@ class LocalEngine:
         return made
 
     def _add(self, sequences: list[Sequence]) -> None:
+        release_workers()  # of this thread, which has tokenised, and perhaps retrieved
         with self._lock:
             if self._closed:
                 raise InvalidInputError("the engine is closed; make a new one.")
@@ -160,10 +180,10 @@ class LocalEngine:
             for sequence in sequences:
                 self._scheduler.add(sequence.job, time.monotonic())
                 self._sequences[sequence.job] = sequence
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._loop, name="local-engine", daemon=True)
                 self._thread.start()
-            self._lock.notify_all()
+            self._wake()
 
     def _try_add(self, sequences: list[Sequence]) -> bool:
         try:
@@ -173,6 +193,9 @@ class LocalEngine:
         return True
 
     def _abort(self, sequences: Ordered[Sequence]) -> None:
+        if threading.current_thread() is self._thread:
+            self._aborted += sequences
+            return
         with self._lock:
             for sequence in sequences:
                 if sequence.job in self._sequences:
@@ -184,8 +207,9 @@ class LocalEngine:
 
     def _fail(self, sequences: Ordered[Sequence], error: Exception) -> None:
         for sequence in sequences:
-            self._leave(sequence)
-            sequence.fail(error)
+            if sequence.job in self._sequences:
+                self._leave(sequence)
+                sequence.fail(error)
 
     def _leave(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence.job)
@@ -208,14 +232,15 @@ class LocalEngine:
                     self._lock.wait(_LINGER)
                 if not self._sequences or self._closed:
                     self._thread = None
+                    self._sampler = Sampler(self._base.model.device)  # the old one holds the last batch
                     return
                 self._woken = False
             try:
                 progressed = self._step()
-            except Exception as error:  # whatever it is, those who wait for an answer must hear of it
+            except Exception as error:  # whatever it is, those whom it was about must hear of it
                 _log.exception("a step of the engine failed")
                 with self._lock:
-                    self._fail(list(self._sequences.values()), error)
+                    self._fail(self._stepping or list(self._sequences.values()), error)
                 continue
             if not progressed:
                 with self._lock:
@@ -225,11 +250,17 @@ class LocalEngine:
     def _step(self) -> bool:
         """Plan and run one step; False if nothing can run now."""
         with self._lock:
+            self._stepping = []
+            for sequence in self._aborted:
+                if sequence.job in self._sequences:
+                    self._end(sequence, "aborted")
+            self._aborted.clear()
             plan = self._scheduler.plan(time.monotonic())
+            self._stepping = [self._sequences[job] for job, _ in plan.chunks]
             chunks = self._prepare(plan)
             works = [self._work(sequence, count) for sequence, count in chunks]
         if not works:
-            return False
+            return bool(plan.admitted or plan.preempted or plan.expired)
         logits, order = self._runner.step(works)
         rows = [chunks[i][0] for i in order]
         sampled = self._sampler.sample(logits, rows) if rows else []
@@ -242,21 +273,30 @@ class LocalEngine:
             for sequence, token in zip(rows, sampled, strict=True):
                 if sequence.job in self._sequences:
                     sequence.job.tokens += 1
-                    sequence.append(token, self._end_ids, now)
-                    if sequence.finish_reason is not None:
-                        self._leave(sequence)
+                    self._append(sequence, token, now)
         return True
+
+    def _append(self, sequence: Sequence, token: Sampled, now: float) -> None:
+        try:
+            sequence.append(token, self._end_ids, now)
+        except Exception as error:  # of a tokenizer that cannot decode
+            self._fail([sequence], error)
+        else:
+            if sequence.finish_reason is not None:
+                self._leave(sequence)
 
     def _prepare(self, plan: Plan) -> list[tuple[Sequence, int]]:
         """End what is late, fetch adapters into slots, and settle the cache; the chunks that can run."""
         for job in plan.expired:
             self._end(self._sequences[job], "timeout")
         pinned = cast("frozenset[AdapterRef]", self._scheduler.pinned)
-        self._adapters.store.keep({*pinned, *cast("tuple[AdapterRef, ...]", plan.wanted)})
+        wanted = frozenset(cast("tuple[AdapterRef, ...]", plan.wanted))
+        for ref in self._wanted - wanted - pinned:
+            self._adapters.store.forget(ref)
+        self._wanted = wanted
+        self._adapters.store.keep(pinned | wanted)
         self._adapters.prefetch(cast("tuple[AdapterRef, ...]", plan.prefetch))
-        for job in plan.admitted:
-            self._fetch(self._sequences[job])
-        self._layers.acquire(sorted(cast("frozenset[AdapterRef]", self._scheduler.pinned), key=lambda ref: ref.digest))
+        self._fetch([self._sequences[job] for job in plan.admitted])
         self._runner.settle()
         chunks = [(self._sequences[job], count) for job, count in plan.chunks if job in self._sequences]
         for job in plan.admitted:
@@ -265,14 +305,28 @@ class LocalEngine:
                 self._runner.load_prefix(self._runner.table[job], sequence.blocks)
         return chunks
 
-    def _fetch(self, sequence: Sequence) -> None:
-        """Have the adapters of a sequence in host memory or in a slot; it fails if one cannot be loaded."""
-        try:
-            for ref in sequence.route.adapters:
-                if not self._layers.holds(ref):
+    def _fetch(self, admitted: list[Sequence]) -> None:
+        """Adapters of all that run into slots; those just admitted fail if one of theirs cannot be loaded."""
+        failed: dict[AdapterRef, Exception] = {}
+        for ref in {ref: None for sequence in admitted for ref in sequence.route.adapters}:
+            if not self._layers.holds(ref):
+                try:
                     self._adapters.store.get(ref)
-        except Exception as error:  # of the pool, the file system, or a merge
-            self._fail([sequence], error)
+                except Exception as error:  # of the pool, the file system, or a merge
+                    failed[ref] = error
+        for sequence in admitted:
+            for ref in failed.keys() & set(sequence.route.adapters):
+                self._fail([sequence], failed[ref])
+        while True:
+            pinned = cast("frozenset[AdapterRef]", self._scheduler.pinned)
+            try:
+                self._layers.acquire(sorted(pinned, key=lambda ref: ref.digest))
+                return
+            except Exception as error:  # no memory for a larger rank, say
+                without = [s for s in admitted if not all(map(self._layers.holds, s.route.adapters))]
+                if not any(sequence.job in self._sequences for sequence in without):
+                    raise
+                self._fail(without, error)
 
     def _work(self, sequence: Sequence, count: int) -> Work:
         job = sequence.job
@@ -298,8 +352,9 @@ class _Memory:
         self._sequences = sequences
 
     def place(self, job: Job, tokens: int) -> bool:
-        """See `scheduler.Memory`."""
-        return self._runner.table.place(job, tokens)
+        """See `scheduler.Memory`. A sequence that may need much of the cache gets it at once: it could not grow."""
+        table = self._runner.table
+        return table.place(job, max(tokens, job.longest) if job.longest > table.tokens // 4 else tokens)
 
     def remove(self, job: Job) -> None:
         """See `scheduler.Memory`."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from loraretriever.batch import BASE_ROW, LoraLayers, RowRoute
 from loraretriever.engine.attention import Chunk, LayerShape, Memory, Probe, StepLayout, attending, register
 from loraretriever.engine.pages import SMALLEST_ROW, PageTable, Place
 from loraretriever.engine.prefixes import BLOCK, PrefixTable
-from loraretriever.errors import InvalidInputError, ModelLoadError
+from loraretriever.errors import InvalidInputError, LoraRetrieverError, ModelLoadError
 
 _PROBE_TOKENS = 24
 # How far logits may be from those of the model's own attention, relative to the largest: rounding, and no more.
@@ -41,7 +42,7 @@ class ModelRunner:
     """A decoder-only transformers model with a bounded memory for keys and values."""
 
     def __init__(self, model: Any, layers: LoraLayers, cache_bytes: int, prefix_bytes: int) -> None:
-        """Look at the model and reserve the memory.
+        """Look at the model, reserve the memory, and compare a few tokens with the model's own attention.
 
         Args:
             layers: of the same model.
@@ -50,9 +51,10 @@ class ModelRunner:
 
         Raises:
             ModelLoadError: the model does not work in this way; see `check_model`.
-            InvalidInputError: the memory is too small for any sequence.
+            InvalidInputError: the memory is too small for any sequence, or its size is negative.
         """
-        register()
+        if prefix_bytes < 0:
+            raise InvalidInputError(f"the memory for prefixes is {prefix_bytes} bytes; expected at least 0.")
         self._model = model
         self._layers = layers
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -61,9 +63,10 @@ class ModelRunner:
         self.token_bytes = size
         self.table = PageTable(cache_bytes // size)
         self.prefixes = PrefixTable(prefix_bytes // (size * BLOCK))
-        self.max_length = min(_longest(model), self.table.longest)
+        self.max_length = _longest(model)
         self._memory = Memory(shapes, self.table.tokens, prefix_bytes // (size * BLOCK), model.dtype, model.device)
-        _compare(self)
+        with _refusal(model):
+            _compare(self)
 
     @property
     def cache_bytes(self) -> int:
@@ -96,10 +99,13 @@ class ModelRunner:
         Raises:
             InvalidInputError: an adapter does not fit the model, or there are more of them than slots.
         """
-        order = sorted(range(len(works)), key=lambda i: (len(works[i].tokens) > 1, works[i].place.start))
+        # What decodes comes first, in the order of its places; a single token in the midst of a prompt does not count.
+        order = sorted(range(len(works)), key=lambda i: (not _decodes(works[i]), works[i].place.start))
         ordered = [works[i] for i in order]
+        singles = sum(map(_decodes, ordered))
         device = self._model.device
-        layout = StepLayout(self._memory, [Chunk(w.place, w.start, len(w.tokens)) for w in ordered], device)
+        chunks = [Chunk(work.place, work.start, len(work.tokens)) for work in ordered]
+        layout = StepLayout(self._memory, chunks[:singles], chunks[singles:], device)
         tokens = [token for work in ordered for token in work.tokens]
         positions = [position for work in ordered for position in range(work.start, work.start + len(work.tokens))]
         inputs = torch.tensor([tokens, positions], device=device)
@@ -113,8 +119,8 @@ class ModelRunner:
             # The output embeddings are by far the widest product; a step without a last token has use for none.
             options["logits_to_keep"] = torch.tensor([ends[i] for i in kept] or [0], device=device)
         routing = self._layers.pack(
-            [work.route for work in ordered[: layout.singles]],
-            [(work.route, len(work.tokens)) for work in ordered[layout.singles :]],
+            [work.route for work in ordered[:singles]],
+            [(work.route, len(work.tokens)) for work in ordered[singles:]],
             [ordered[i].route for i in kept] or [ordered[0].route],
         )
         with attending(self._model, layout), self._layers.use(routing):
@@ -127,6 +133,10 @@ class ModelRunner:
         if logits.shape[0] != len(kept):
             logits = logits[[ends[i] for i in kept]]
         return logits, [order[i] for i in kept]
+
+
+def _decodes(work: Work) -> bool:
+    return work.is_last and len(work.tokens) == 1
 
 
 @torch.inference_mode()
@@ -149,7 +159,7 @@ def check_model(model: Any) -> list[LayerShape]:
     register()
     probe = Probe()
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    with attending(model, probe):
+    with _refusal(model), attending(model, probe):
         model(input_ids=ids, position_ids=torch.arange(4, device=model.device)[None], use_cache=False)
     layers = config.num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)):
@@ -164,6 +174,19 @@ _ADVICE = (
     "the local engine runs decoder-only models with full or sliding-window attention by transformers' attention "
     "interface. Use such a model, or serve this one by another engine."
 )
+
+
+@contextmanager
+def _refusal(model: Any) -> Iterator[None]:
+    """Turn whatever a model that does not fit raises into one clear error."""
+    try:
+        yield
+    except LoraRetrieverError:
+        raise
+    except Exception as error:  # a model of any kind, which meets arguments and shapes that it does not know
+        raise ModelLoadError(
+            f"{type(model).__name__} fails with its attention replaced: {error!r}; {_ADVICE}"
+        ) from error
 
 
 def _longest(model: Any) -> int:
@@ -188,7 +211,7 @@ def _rotary(config: Any) -> list[dict[str, Any]]:
 def _compare(runner: ModelRunner) -> None:
     """Run a few tokens in chunks and one by one, and compare with the model's own attention."""
     model = runner._model
-    count = min(_PROBE_TOKENS, SMALLEST_ROW, runner.max_length)
+    count = min(_PROBE_TOKENS, SMALLEST_ROW, runner.max_length, runner.table.longest)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = [(7 * i + 3) % vocabulary for i in range(count)]
     own = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()

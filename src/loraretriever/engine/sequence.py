@@ -9,6 +9,7 @@ from loraretriever.batch import RowRoute
 from loraretriever.engine.sampler import Sampled, make_generator
 from loraretriever.engine.scheduler import Job
 from loraretriever.engine.text import TextStream
+from loraretriever.errors import EngineError, LoraRetrieverError
 from loraretriever.models import render_prompt
 from loraretriever.types import Generation, Piece, Request, TokenLogprob
 
@@ -115,9 +116,14 @@ class Sequence:
         self.sink.finish(generation)
 
     def fail(self, error: Exception) -> None:
-        """Give up."""
+        """Give up; each caller gets an error of its own, of our kind."""
         self.finish_reason = "error"
-        self.sink.fail(error)
+        if isinstance(error, LoraRetrieverError):
+            own = type(error)(*error.args)
+        else:
+            own = EngineError(f"the engine failed while it ran this request: {error!r}; send it again.")
+        own.__cause__ = error
+        self.sink.fail(own)
 
     def _logprob(self, sampled: Sampled) -> TokenLogprob:
         assert sampled.logprob is not None

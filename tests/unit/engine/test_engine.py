@@ -8,15 +8,18 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from batch_helpers import Library
 from loraretriever.compose import compose_explicit
 from loraretriever.compose.merged import MergedStore
 from loraretriever.engine.local import LocalEngine
-from loraretriever.errors import InvalidInputError, OverloadedError, PoolError
+from loraretriever.engine.pages import PageTable
+from loraretriever.errors import EngineError, InvalidInputError, OverloadedError, PoolError
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
 from loraretriever.types import AdapterWeights, Composition, Request, Sampling
@@ -37,7 +40,7 @@ def adapter(name: str) -> Composition:
 
 
 def test_pieces_are_the_answer(engine: LocalEngine) -> None:
-    stream = engine.submit(Request("tell me", adapter("a1"), Sampling(max_tokens=30)))
+    stream = engine.submit(Request("tell me", adapter("a1"), Sampling(max_tokens=30, ignore_end=True)))
     pieces = list(stream)
     (generation,) = stream.result()
     assert len(pieces) > 2
@@ -211,11 +214,82 @@ def test_a_failing_step_is_heard_of_and_the_engine_goes_on(
         patch.setattr(engine._runner, "step", fail)
         streams = [engine.submit(Request(f"{i}", adapter("a1"), LONG)) for i in range(2)]
         for stream in streams:
-            with pytest.raises(RuntimeError, match="out of memory"):
+            with pytest.raises(EngineError, match="out of memory"):
                 stream.result()
     assert "a step of the engine failed" in caplog.text
     assert engine._runner.table.used == 0
     assert engine.submit(Request("fine", adapter("a1"), Sampling(max_tokens=2))).result()
+
+
+def test_a_prompt_with_tokens_that_the_model_lacks_is_refused(engine: LocalEngine, base: BaseModel) -> None:
+    class Larger:
+        chat_template = None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return SimpleNamespace(input_ids=[5, 10_000])
+
+    engine._base = BaseModel(base.name, base.model, Larger())
+    with pytest.raises(InvalidInputError, match="token 10000"):
+        engine.submit(Request("x"))
+
+
+def test_one_load_fails_all_that_need_it_and_is_tried_again_later(base: BaseModel, pool: Pool) -> None:
+    loads: list[str] = []
+    gate = threading.Event()
+
+    class Broken:
+        get = staticmethod(pool.get)
+
+        @staticmethod
+        def weights(name: str, digest: str | None = None) -> AdapterWeights:
+            loads.append(name)
+            gate.wait(WAIT)
+            if len(loads) == 1:
+                raise PoolError("not now")
+            return pool.weights(name, digest)
+
+    engine = LocalEngine(base, Broken(), cache_mib=8)
+    streams = [engine.submit(Request(f"{i}", adapter("a1"), Sampling(max_tokens=2))) for i in range(8)]
+    gate.set()
+    for stream in streams:
+        with pytest.raises(PoolError, match="not now"):
+            stream.result()
+    assert loads == ["a1"]
+    assert engine.submit(Request("x", adapter("a1"), Sampling(max_tokens=2))).result()
+    assert loads == ["a1", "a1"]
+    engine.close()
+
+
+def test_small_steps_with_an_adapter_on_the_output_embeddings(base: BaseModel) -> None:
+    library = Library(base.model)
+    ref = library.add(3, ("lm_head", "q_proj"))
+
+    class Source:
+        get = staticmethod(lambda name: SimpleNamespace(digest=ref.digest))
+        weights = staticmethod(lambda name, digest=None: library.adapters[ref])
+
+    requests = [
+        Request("a prompt of some length " * (i % 3 + 1), adapter("x"), Sampling(max_tokens=5)) for i in range(6)
+    ]
+    texts = []
+    for sizes in ({"batch_size": 1}, {"batch_size": 2, "step_tokens": 2}, {"batch_size": 4, "step_tokens": 5}):
+        engine = LocalEngine(base, Source(), cache_mib=8, prefix_mib=0, **sizes)
+        texts.append([generation.text for _, generation in sorted(engine.run(requests), key=lambda each: each[0])])
+        engine.close()
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_sequence_larger_than_half_the_cache_runs_to_its_end(base: BaseModel, pool: Pool) -> None:
+    engine = LocalEngine(base, pool, cache_mib=8)
+    engine._runner.table = PageTable(256)
+    whole = Sampling(max_tokens=180, ignore_end=True)
+    small = [engine.submit(Request(f"{i}", sampling=Sampling(max_tokens=20, ignore_end=True))) for i in range(3)]
+    large = engine.submit(Request("x" * 70, sampling=whole, chat=False))
+    assert large.result()[0].completion_tokens == 180
+    assert [stream.result()[0].completion_tokens for stream in small] == [20] * 3
+    with pytest.raises(InvalidInputError, match="cache"):
+        engine.submit(Request("x" * 80, sampling=whole, chat=False))
+    engine.close()
 
 
 def test_many_threads_submit_and_abort(engine: LocalEngine) -> None:

@@ -128,6 +128,26 @@ def test_what_a_broken_sequence_leaves_behind_reaches_no_other() -> None:
         assert all(difference(logits, own[position]) < 1e-4 for position, logits in found)
 
 
+def test_a_token_amid_a_prompt_reads_no_further_than_its_row_is_written() -> None:
+    model = tiny_model("llama", max_position_embeddings=256)
+    library = Library(model)
+    broken = RowRoute((library.add(2, ATTENTION),), (float("nan"),))
+    served = copy.deepcopy(model)
+    runner = make_runner(served, LoraLayers(served, 2, library.load))
+    run_ragged(runner, [random_tokens(60, i) for i in range(2)], [broken] * 2, (60,))
+    first, second = random_tokens(60, 1), random_tokens(40, 2)
+    for key, prompt in enumerate((first, second)):
+        runner.table.place(key, len(prompt))  # the whole prompt's room, as the scheduler asks for
+    runner.settle()
+    runner.step([Work(runner.table[0], 0, first[:-1], BASE_ROW, is_last=False)])
+    for at in range(40):
+        works = [Work(runner.table[1], at, second[at : at + 1], BASE_ROW, is_last=at == 39)]
+        if at == 0:
+            works.append(Work(runner.table[0], 59, first[59:], BASE_ROW, is_last=True))
+        logits, _ = runner.step(works)
+    assert difference(logits[0].float(), own_logits(model, second)[-1]) < 1e-4
+
+
 def test_half_precision() -> None:
     model = tiny_model("llama", max_position_embeddings=256).bfloat16()
     prompt = random_tokens(90, 0)
