@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -144,7 +146,8 @@ class LoraLayers:
         if not self._held.issuperset(refs):
             self.acquire(list(refs))
         parts = [(self.route(singles), 1)] if singles else []
-        parts += [(self.route([row]), count) for row, count in runs]
+        for count, alike in groupby(runs, key=itemgetter(1)):  # runs of one length side by side are rows of one part
+            parts.append((self.route([row for row, _ in alike]), count))
         head = PackedRouting([(self.route(kept), 1)], self._epoch) if runs and kept else None
         return PackedRouting(parts, self._epoch, head)
 
