@@ -45,7 +45,7 @@ Turn = tuple[str, str]  # contender, workload
 
 WORKLOADS = (UNIFORM, REALISTIC)
 ROUNDS, QUICK_ROUNDS = 5, 3
-SIZES, QUICK_SIZES = Sizes(), Sizes(uniform_prompt=32, requests=12)
+SIZES, QUICK_SIZES = Sizes(), Sizes(uniform_prompt=16, requests=8, output=(8, 64))
 # The realistic workload's requests arrive somewhat faster than our base model answers them when all are there at
 # once. Slower, and each contender's throughput would be the rate of arrival; much faster, and nothing would ever
 # arrive while a batch runs. So the queue grows, slowly, and first tokens wait for their turn in it.
