@@ -59,8 +59,7 @@ class LocalEngine:
             source: looked up when a request comes in; the request keeps the revisions of that moment.
             slots: adapters on the device at once, which bounds the distinct adapters of the running sequences.
             batch_size: sequences that run at once.
-            step_tokens: tokens through the model in one step, at least `batch_size`; prompts get what those that decode
-                leave.
+            step_tokens: tokens of prompts that go through the model in one step, besides one of each running sequence.
             cache_mib: memory for keys and values of running sequences.
             prefix_mib: memory for those of prompts' beginnings, which are not computed again.
             host_mib: memory for adapters outside the slots. Those that run and those to run next are held anyway.
@@ -76,7 +75,7 @@ class LocalEngine:
         self._sequences: dict[Job, Sequence] = {}  # that have not ended
         self._layers = LoraLayers(base.model, slots, lambda ref: self._adapters.store.get(ref))
         self._runner = ModelRunner(base.model, self._layers, cache_mib * _MIB, prefix_mib * _MIB)
-        limits = Limits(batch_size, max(step_tokens, batch_size), slots, queue)
+        limits = Limits(batch_size, step_tokens + batch_size, slots, queue)
         memory = _Memory(self._runner, self._sequences)
         self._scheduler = Scheduler(limits, memory, lambda ref: self._is_ready(cast(AdapterRef, ref)))
         self._adapters = Adapters(source, self._layers.prepare, host_mib * _MIB, merged, self._wake)
@@ -121,10 +120,11 @@ class LocalEngine:
         position = 0
         try:
             while waiting or running:
-                while waiting and self._try_add(waiting[0]):
-                    running[position] = waiting.popleft()
-                    left[position] = len(running[position])
-                    position += 1
+                with self._lock:  # all that fit at once, so that the first step is a full one
+                    while waiting and self._try_add(waiting[0]):
+                        running[position] = waiting.popleft()
+                        left[position] = len(running[position])
+                        position += 1
                 try:
                     of, outcome = done.get(timeout=_RETRY if waiting else None)
                 except Empty:

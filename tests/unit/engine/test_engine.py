@@ -272,7 +272,7 @@ def test_small_steps_with_an_adapter_on_the_output_embeddings(base: BaseModel) -
         Request("a prompt of some length " * (i % 3 + 1), adapter("x"), Sampling(max_tokens=5)) for i in range(6)
     ]
     texts = []
-    for sizes in ({"batch_size": 1}, {"batch_size": 2, "step_tokens": 2}, {"batch_size": 4, "step_tokens": 5}):
+    for sizes in ({"batch_size": 1}, {"batch_size": 2, "step_tokens": 1}, {"batch_size": 4, "step_tokens": 2}):
         engine = LocalEngine(base, Source(), cache_mib=8, prefix_mib=0, **sizes)
         texts.append([generation.text for _, generation in sorted(engine.run(requests), key=lambda each: each[0])])
         engine.close()

@@ -125,7 +125,7 @@ def play(engine: LocalEngine, requests: Sequence[Request], chooser: random.Rando
     [
         {},
         {"slots": 4, "batch_size": 16},
-        {"batch_size": 8, "step_tokens": 16, "prefix_mib": 0},
+        {"batch_size": 8, "step_tokens": 8, "prefix_mib": 0},
         {"cache_mib": 1, "host_mib": 0},  # too little for the batch: sequences give way and go on later
     ],
     ids=["roomy", "4 slots", "small steps", "little memory"],
