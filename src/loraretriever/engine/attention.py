@@ -26,6 +26,15 @@ NAME = "loraretriever"  # under which transformers knows `attend`
 
 
 @dataclass(frozen=True, slots=True)
+class How:
+    """What a layer asks of its attention: products are scaled, masked by a window, and flattened by a softcap."""
+
+    scale: float | None  # None: one over the root of a head's size
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """What one layer keeps of a token."""
 
@@ -171,16 +180,7 @@ class StepLayout:
             cells = self._cells[heads] = (table[0][:, None] + offsets).view(-1)
         return cells
 
-    def run(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def run(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """Write the step's keys and values, and attend.
 
         Shapes: query (1, H, T, D); key, value (1, V, T, D). Returns (1, T, H, D of the values).
@@ -200,32 +200,30 @@ class StepLayout:
         for side in self._sides:
             k, v = (_rows(stack, shape.heads, side.place, side.count, side.longest) for stack in (keys, values))
             part = q[side.first : side.first + side.count].reshape(side.count, shape.heads, -1, q.shape[2])
-            done = _attention(part, k, v, self._side_mask(side, window), scale, softcap)
+            done = _attention(part, k, v, self._side_mask(side, how.window), how)
             y[side.first : side.first + side.count] = done.reshape(side.count, heads, -1)
         for run in self._runs:
-            done = self._attend_run(run, layer, q, scale, window, softcap)
+            done = self._attend_run(run, layer, q, how)
             y[run.first : run.first + run.chunk.count] = done
         return y[None]
 
-    def _attend_run(
-        self, run: _Run, layer: int, q: torch.Tensor, scale: float | None, window: int | None, softcap: float | None
-    ) -> torch.Tensor:
+    def _attend_run(self, run: _Run, layer: int, q: torch.Tensor, how: How) -> torch.Tensor:
         shape = self.memory.shapes[layer]
         chunk, count, heads = run.chunk, run.chunk.count, q.shape[1]
         end = chunk.start + count
         stacks = (self.memory.keys[layer], self.memory.values[layer])
         k, v = (_rows(stack, shape.heads, chunk.place, 1, end) for stack in stacks)
         part = q[run.first : run.first + count]
-        if chunk.start == 0 and softcap is None and (window is None or end <= window):
+        if chunk.start == 0 and how.softcap is None and (how.window is None or end <= how.window):
             whole = part.transpose(0, 1)[None]
             done = scaled_dot_product_attention(
-                whole, k, v, is_causal=True, scale=scale, enable_gqa=heads != shape.heads
+                whole, k, v, is_causal=True, scale=how.scale, enable_gqa=heads != shape.heads
             )
             return done[0].transpose(0, 1)
         # The heads that share keys become further queries, so that a mask does not need the keys repeated.
         group = heads // shape.heads
         folded = part.view(count, shape.heads, group, -1).permute(1, 2, 0, 3).reshape(1, shape.heads, group * count, -1)
-        done = _attention(folded, k, v, self._run_mask(chunk, window, group), scale, softcap)
+        done = _attention(folded, k, v, self._run_mask(chunk, how.window, group), how)
         return done.view(shape.heads, group, count, -1).permute(2, 0, 1, 3).reshape(count, heads, -1)
 
     def _side_mask(self, side: _Side, window: int | None) -> torch.Tensor:
@@ -266,18 +264,11 @@ def _rows(stack: torch.Tensor, heads: int, place: Place, count: int, tokens: int
     return torch.as_strided(stack, (count, heads, tokens, size), strides, place.start * heads * size)
 
 
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, how: How) -> torch.Tensor:
+    if how.softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)
+    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
+    scores = how.softcap * torch.tanh(scores / how.softcap)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
@@ -289,35 +280,19 @@ class Probe:
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, int | None] = {}
 
-    def run(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def run(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """Shapes: as `StepLayout.run`."""
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.windows[layer] = window
+        self.windows[layer] = how.window
         gqa = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa).transpose(
-            1, 2
-        )
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=how.scale, enable_gqa=gqa
+        ).transpose(1, 2)
 
 
 class _Layout(Protocol):
     def run(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How
     ) -> torch.Tensor: ...
 
 
@@ -348,7 +323,7 @@ def attend(
             )
     layer: Any = module.layer_idx
     layout: _Layout = _current.layout
-    return layout.run(layer, query, key, value, scaling, sliding_window, softcap), None
+    return layout.run(layer, query, key, value, How(scaling, sliding_window, softcap)), None
 
 
 @contextmanager
