@@ -36,7 +36,11 @@ BaseModelOption = Annotated[
     str | None, typer.Option(help="Base model: a folder or a hub id.", show_default="the pool's")
 ]
 StrategyOption = Annotated[
-    str | None, typer.Option(help="selection, mixture, fusion, or a plug-in's.", show_default="mixture")
+    str | None,
+    typer.Option(
+        help="selection, mixture, fusion, a merge (ties, dare_linear, dare_ties, svd), or a plug-in's.",
+        show_default="mixture",
+    ),
 ]
 WeightingOption = Annotated[str | None, typer.Option(help="uniform or score.", show_default="score")]
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
