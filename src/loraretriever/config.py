@@ -28,9 +28,9 @@ class Settings:
     for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples, if their
     cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits those are
     used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits that become
-    weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on the CPU;
-    `max_tokens` the most that it reads of a prompt. The sizes from `slots` on are those of
-    `engine.local.LocalEngine`.
+    weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on a CPU
+    that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on are
+    those of `engine.local.LocalEngine`.
     """
 
     base_model: str | None = None

@@ -158,7 +158,7 @@ def test_the_engines_json_report(engine_run: Run, tmp_path: Path) -> None:
     assert report["agreement"]["base_vs_transformers"] > 0.9
     set_up = report["set_up"]
     assert (set_up["adapters"], set_up["seed"], set_up["rounds"], set_up["rate_of"]) == (2, 3, 1, "base")
-    assert set_up["sizes"]["prompt"] == [16, 384] and set_up["rate"] > 0
+    assert set_up["sizes"]["prompt"] == [16, 448] and set_up["rate"] > 0
     assert {"torch", "transformers", "peft"} <= set_up["environment"]["versions"].keys()
 
 
