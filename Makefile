@@ -28,6 +28,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_layer.py --quick
 	$(BIN)/python benchmarks/bench_layer.py --model --quick
+	$(BIN)/python benchmarks/bench_step.py --rounds 5
 
 train-demo: $(VENV)/.test
 	$(BIN)/python demo/train.py
