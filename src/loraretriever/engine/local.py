@@ -212,7 +212,7 @@ class LocalEngine:
                 sequence.fail(error)
 
     def _leave(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence.job)
+        self._scheduler.remove(sequence.job)
         del self._sequences[sequence.job]
 
     def _wake(self) -> None:

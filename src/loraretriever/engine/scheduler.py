@@ -243,12 +243,8 @@ class Scheduler:
             leader.followers.append(job)
             self._move(job, self._held)
 
-    def cancel(self, job: Job) -> None:
-        """Let a job go, wherever it is, with all that it holds; nothing if it has left already."""
-        self._leave(job)
-
-    def finish(self, job: Job) -> None:
-        """Let a job go that is done, with all that it holds; nothing if it has left already."""
+    def remove(self, job: Job) -> None:
+        """Let a job go, done or not, with all that it holds; nothing if it has left already."""
         self._leave(job)
 
     def plan(self, now: float) -> Plan:

@@ -110,7 +110,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        self.scheduler.cancel(job)
+        self.scheduler.remove(job)
         if job not in self.ended:
             self.end(job, "cancelled")
         self.check_numbers()
@@ -211,7 +211,7 @@ class Engine:
                 job.tokens += 1
             else:
                 self.computed_prompts.add(job)
-                self.scheduler.finish(job)
+                self.scheduler.remove(job)
                 self.end(job, "finished")
         self.check_numbers()
 
@@ -498,7 +498,7 @@ def test_cancelled_jobs_free_everything_at_once() -> None:
     e.cancel(waiting)
     e.cancel(running)
     e.cancel(running)
-    e.scheduler.finish(running)
+    e.scheduler.remove(running)
     assert e.step().admitted == (last,)
     e.now = 70.0
     e.run()
@@ -508,7 +508,7 @@ def test_cancelled_jobs_free_everything_at_once() -> None:
 
 def test_a_job_that_was_never_added_can_be_cancelled() -> None:
     e = engine()
-    e.scheduler.cancel(Job(1))
+    e.scheduler.remove(Job(1))
     e.check_numbers()
 
 
