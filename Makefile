@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := src tests benchmarks demo
+SOURCES := src tests benchmarks demo examples
 
 .PHONY: demo test setup check format bench train-demo clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
 
+# Tests of the page need Chromium, which is installed where it can be (Debian, root). Without it they are skipped, but
+# not where CI is set.
 test: $(VENV)/.test
+	tests/browser/install-chromium
 	$(BIN)/python -m pytest
 
 setup: $(VENV)/.dev

@@ -1,18 +1,25 @@
-"""Settings. The environment is read here; only the command line's `--pool` names its own variable."""
+"""Settings: from arguments, the environment and a TOML file, in this order.
+
+The environment is read here; only the command line's `--pool` and `--config` name their own variables.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from loraretriever.errors import InvalidInputError
 
 ENVIRONMENT_PREFIX = "LORARETRIEVER_"
-_OTHER_VARIABLES = (ENVIRONMENT_PREFIX + "POOL", ENVIRONMENT_PREFIX + "CACHE")
+_OTHER_VARIABLES = {ENVIRONMENT_PREFIX + name for name in ("POOL", "CACHE", "CONFIG")}
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # LoraRetriever (arXiv 2402.09997), section 3.2: the instruction put before samples and prompts alike.
 PAPER_INSTRUCTION = "Represent the sentence for similar task retrieval: "
@@ -58,28 +65,171 @@ class Settings:
     queue: int = Field(default=1024, ge=1)
 
 
-def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment, then from the overrides that are not None.
+def _is_origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (parts.scheme not in ("http", "https") or text != f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError("expected * or an origin such as https://app.example.com, without a path")
+    return text
+
+
+def _is_http_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError("expected an address that begins with http:// or https://")
+    return text
+
+
+def _is_root_path(text: str) -> str:
+    if text and (not text.startswith("/") or text.endswith("/")):
+        raise ValueError("expected nothing, or a path that begins with a slash and ends without one, such as /models")
+    return text
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+_Origins = Annotated[tuple[Annotated[str, AfterValidator(_is_origin)], ...], BeforeValidator(_split_commas)]
+_Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ServerSettings:
+    """How the server works. Each field can be set by the environment: `LORARETRIEVER_` and its name in capitals.
+
+    `port` 0 takes any free one. Each of the `workers` is a process with models of its own. Adapters may be added from
+    folders below `adapter_root` (None: from none), and from the Hugging Face hub if `allow_hub`. A request gets an
+    answer of `default_tokens` tokens at most when it names no number, and ends after `request_timeout` seconds. Its
+    body may have `max_body_mib`, the files of an adapter `max_upload_mib`, and it may hold `max_prompts` prompts. When
+    the server is told to stop, running requests have `shutdown_seconds` to end. A plain folder of adapters is looked
+    at again every `refresh_seconds`. `log_prompts` puts prompts and answers into the log. Traces go to
+    `otlp_endpoint`. `metrics` and `page` turn /metrics and the page at / on and off. Pages of `cors_origins` may call
+    the server from a browser. `root_path` is the path that a proxy puts before ours and takes away.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=256)
+    adapter_root: Path | None = None
+    allow_hub: bool = True
+    request_timeout: _Seconds = Field(default=600.0, gt=0)
+    default_tokens: int = Field(default=512, ge=1)
+    max_body_mib: int = Field(default=4, ge=1)
+    max_upload_mib: int = Field(default=1024, ge=1)
+    max_prompts: int = Field(default=64, ge=1)
+    shutdown_seconds: _Seconds = Field(default=30.0, ge=0)
+    refresh_seconds: _Seconds = Field(default=2.0, gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
+    log_prompts: bool = False
+    otlp_endpoint: Annotated[str, AfterValidator(_is_http_url)] | None = None
+    metrics: bool = True
+    page: bool = True
+    cors_origins: _Origins = ()
+    root_path: Annotated[str, AfterValidator(_is_root_path)] = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SettingsFile:
+    """What a TOML file holds: `pool`, fields of `Settings`, and in the table `server` those of `ServerSettings`."""
+
+    path: Path
+    pool: str | None
+    settings: Mapping[str, Any]
+    server: Mapping[str, Any]
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
+_SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerSettings))
+
+
+def read_settings_file(path: Path) -> SettingsFile:
+    """Read a TOML file. Relative paths in it are relative to its folder; so are models that are folders there.
+
+    Raises:
+        InvalidInputError: the file cannot be read, or has a key that is no setting.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"cannot read the settings in {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise InvalidInputError(f"{path} is not TOML in UTF-8: {error}.") from error
+    server = values.pop("server", {})
+    if not isinstance(server, dict):
+        raise InvalidInputError(f"{path}: server is {server!r}; expected a table, which begins with [server].")
+    _check_keys(path, "", values, ("pool", *_FIELDS, "[server]"))
+    _check_keys(path, "server.", server, _SERVER_FIELDS)
+    folder = path.absolute().parent
+    pool = values.pop("pool", None)
+    if pool is not None and not isinstance(pool, str):
+        raise InvalidInputError(f"{path}: pool is {pool!r}; expected the pool's folder.")
+    if isinstance(server.get("adapter_root"), str):
+        server["adapter_root"] = str(folder / Path(server["adapter_root"]).expanduser())
+    for name in ("base_model", "encoder"):
+        if isinstance(values.get(name), str) and (folder / Path(values[name]).expanduser()).is_dir():
+            values[name] = str(folder / Path(values[name]).expanduser())
+    return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server)
+
+
+def load_settings(file: SettingsFile | None = None, /, **overrides: Any) -> Settings:
+    """Settings from the file, then from the environment, then from the overrides that are not None.
 
     Raises:
         InvalidInputError: an unknown name, or a value of the wrong type or range.
     """
-    fields = Settings.__dataclass_fields__
-    variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in fields}
-    environment = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
-    _check_environment({*variables.values(), *_OTHER_VARIABLES})
-    values = environment | {name: value for name, value in overrides.items() if value is not None}
+    return _load(Settings, _placed(file.settings, f" in {file.path}") if file else {}, overrides)
+
+
+def load_server_settings(file: SettingsFile | None = None, /, **overrides: Any) -> ServerSettings:
+    """The server's settings, as `load_settings`.
+
+    Raises:
+        InvalidInputError: an unknown name, or a value of the wrong type or range.
+    """
+    return _load(ServerSettings, _placed(file.server, f" of [server] in {file.path}") if file else {}, overrides)
+
+
+_Loaded = TypeVar("_Loaded", Settings, ServerSettings)
+_Placed = dict[str, tuple[Any, str]]  # name -> value, where it was found
+
+
+def _placed(values: Mapping[str, Any], place: str) -> _Placed:
+    return {name: (value, place) for name, value in values.items()}
+
+
+def _load(kind: type[_Loaded], from_file: _Placed, overrides: Mapping[str, Any]) -> _Loaded:
+    _check_environment()
+    names = [field.name for field in dataclasses.fields(kind)]
+    merged = dict(from_file)
+    for name in names:
+        variable = _variable(name)
+        if variable in os.environ:
+            merged[name] = os.environ[variable], f" in the environment ({variable})"
+    merged |= _placed({name: value for name, value in overrides.items() if value is not None}, "")
     try:
-        return TypeAdapter(Settings).validate_python(values)
+        return TypeAdapter(kind).validate_python({name: value for name, (value, _) in merged.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = str(first["loc"][0])
+        value, place = merged[name]
         raise InvalidInputError(
-            f"setting {name} is {first['input']!r}: {first['msg']}. Known settings: {', '.join(fields)}."
+            f"setting {name}{place} is {value!r}: {first['msg']}. Known settings: {', '.join(names)}."
         ) from error
 
 
-def _check_environment(known: set[str]) -> None:
+def _check_keys(path: Path, prefix: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for name in values:
+        if name not in known:
+            raise InvalidInputError(f"{path}: {prefix}{name} is no setting; expected one of {', '.join(known)}.")
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def _check_environment() -> None:
+    known = {*map(_variable, (*_FIELDS, *_SERVER_FIELDS)), *_OTHER_VARIABLES}
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             raise InvalidInputError(

@@ -11,7 +11,7 @@ import fcntl
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraretriever.config import DEFAULT_ENCODER, cache_folder
-from loraretriever.errors import LoraRetrieverError, MissingExtraError, ModelLoadError
-from loraretriever.types import BaseModelSpec
+from loraretriever.errors import InvalidInputError, LoraRetrieverError, MissingExtraError, ModelLoadError
+from loraretriever.types import BaseModelSpec, Message
 
 if TYPE_CHECKING:
     import torch
@@ -215,13 +215,33 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def render_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> str:
-    """The text that the model reads: the prompt as one user turn of the chat template, or as it is.
+def render_prompt(tokenizer: Any, prompt: str, chat: bool = True, messages: Sequence[Message] = ()) -> str:
+    """The text that the model reads: messages, or else the prompt as one user turn, in the chat template.
 
-    A tokenizer without a chat template reads the prompt as it is.
+    Without `chat`, or where the tokenizer has no chat template, a prompt is read as it is, and so is a single message.
+    Several messages are then joined by blank lines, each after its role ("user: ..."), and "assistant:" asks for the
+    next.
+
+    Raises:
+        InvalidInputError: the template does not take these messages (an unknown role, say).
     """
-    prompt = encodable(prompt)
-    if not chat or not tokenizer.chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    turns = [(encodable(each.role), encodable(each.content)) for each in messages] or [("user", encodable(prompt))]
+    if chat and tokenizer.chat_template:
+        return _apply_template(tokenizer, turns)
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join([*(f"{role}: {content}" for role, content in turns), "assistant:"])
+
+
+def _apply_template(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    except ImportError:  # of jinja2: nothing that other messages would change
+        raise
+    except Exception as error:  # a template is a program of the model's, which may raise anything
+        roles = ", ".join(dict.fromkeys(role for role, _ in turns))
+        raise InvalidInputError(
+            f"the model's chat template does not take messages of the roles {roles}: {error}. "
+            "Use roles that it knows, in an order that it allows."
+        ) from error

@@ -9,22 +9,25 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
 
 from loraretriever.compose import compose_explicit, cover, get_strategy, weigh
-from loraretriever.config import Settings, cache_folder, load_settings
+from loraretriever.config import DEFAULT_ENCODER, Settings, cache_folder, load_settings
 from loraretriever.engine import Answers, Engine
-from loraretriever.errors import AdmissionError, InvalidInputError
+from loraretriever.errors import AdapterNotFoundError, AdmissionError, InvalidInputError
 from loraretriever.pool import Pool
-from loraretriever.retrieve import Explanation, Retriever
+from loraretriever.retrieve import Explanation, PoolMap, Reader, Retriever, Views
+from loraretriever.retrieve.encoder import Vectors
+from loraretriever.tracing import span
 from loraretriever.types import (
     BASE_COMPOSITION,
     AdapterFilter,
     Completion,
     Composition,
     Generation,
+    Message,
     Ranking,
     Request,
     Route,
@@ -32,6 +35,7 @@ from loraretriever.types import (
 )
 
 _MERGED_BYTES = 1 << 30  # of merged adapters on disk
+_ATTEMPTS = 4  # to submit a prompt whose adapters are removed meanwhile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,22 +45,35 @@ class Submission:
     route: Route
     composition: Composition
     answers: Answers
+    retrieval_seconds: float  # to find and to compose its adapters
 
 
 class LoraRetriever:
-    """A pool, a retriever and an engine. The last two are loaded when they are first needed."""
+    """A pool, retrievers and an engine. Retrievers and engine are loaded when they are first needed.
+
+    A `tenant` is a view of the pool. What a view gets is found, scored and explained from the adapters that it may
+    see, and from nothing else: a tenant's name shows its own adapters and those of no tenant, the empty string only
+    the latter, None all.
+    """
 
     def __init__(
         self,
         pool: Pool,
         settings: Settings,
-        load_retriever: Callable[[Pool, Settings], Retriever],
+        load_retriever: Callable[[Reader, Settings], Retriever],
         load_engine: Callable[[Pool, Settings], Engine],
     ) -> None:
-        """Use `open`, unless you bring a retriever or an engine of your own."""
+        """Use `open`, unless you bring a retriever or an engine of your own.
+
+        Args:
+            pool: the adapters.
+            settings: how to work.
+            load_retriever: makes a retriever for a view of the pool; see `Views`.
+            load_engine: makes the engine.
+        """
         self.pool = pool
         self.settings = settings
-        self._load_retriever = load_retriever
+        self._views = Views(pool, lambda reader: load_retriever(reader, settings))
         self._load_engine = load_engine
         self._loading = threading.RLock()
 
@@ -77,19 +94,14 @@ class LoraRetriever:
 
     @property
     def retriever(self) -> Retriever:
-        """The retriever of this pool."""
-        with self._loading:
-            return self._retriever
+        """The retriever that sees the whole pool."""
+        return self._views.of(None)
 
     @property
     def engine(self) -> Engine:
         """The engine with the base model."""
         with self._loading:
             return self._engine
-
-    @cached_property
-    def _retriever(self) -> Retriever:
-        return self._load_retriever(self.pool, self.settings)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -114,10 +126,10 @@ class LoraRetriever:
             exclude: names never to be found; the paper's out-of-distribution test excludes the prompt's own adapter.
             only: when given, the only names that may be found.
             tags: the adapters that may be found have all of these.
-            tenant: when given, only its adapters and those of no tenant may be found.
+            tenant: when given, only its adapters and those of no tenant may be found, and only they count.
         """
-        wanted = _filter(exclude, only, tags, tenant)
-        ranked = self.retriever.rank(prompts, self.settings.k if k is None else k, wanted)
+        wanted = _filter(exclude, only, tags)
+        ranked = self._views.of(tenant).rank(prompts, self.settings.k if k is None else k, wanted)
         return [self._route(prompt, ranking, threshold) for prompt, ranking in zip(prompts, ranked, strict=True)]
 
     def explain(
@@ -135,14 +147,49 @@ class LoraRetriever:
         Raises:
             InvalidInputError: as in `route`, or the retriever cannot explain (the paper's formula cannot).
         """
-        explain = getattr(self.retriever, "explain", None)
-        if explain is None:
-            raise InvalidInputError(
-                f"the retriever {self.settings.retriever!r} cannot explain what it finds; expected the hybrid."
-            )
-        wanted = _filter(exclude, only, tags, tenant)
+        explain = self._method("explain", "explain what it finds", tenant)
+        wanted = _filter(exclude, only, tags)
         explanations: list[Explanation] = explain(prompts, self.settings.k if k is None else k, wanted)
         return explanations
+
+    def follow(self, tenant: str | None = None) -> None:
+        """Let a view's retriever read now what changed in the pool, samples embedded, so that no request waits."""
+        self._views.of(tenant).rank([], 1)
+
+    def encode(self, texts: Sequence[str], tenant: str | None = None) -> Vectors:
+        """The texts' vectors, as the retriever reads prompts. Shape: (len(texts), dimension), rows of length 1.
+
+        Raises:
+            InvalidInputError: a text is empty, or the retriever has no encoder.
+        """
+        vectors: Vectors = self._method("encode", "encode texts", tenant)(texts)
+        return vectors
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens `encode` reads of the texts together: of long ones not all."""
+        return int(self._method("count_tokens", "count tokens", "")(texts))
+
+    @property
+    def embedding_model(self) -> str:
+        """The name of the encoder that `encode` uses; of a folder the last part."""
+        name = self.settings.encoder or self.pool.encoder or DEFAULT_ENCODER
+        return PurePath(name).name if PurePath(name).is_absolute() else name
+
+    def map(self, tenant: str | None = None, prompts: Sequence[str] = ()) -> PoolMap:
+        """The adapters that a view may see, some of their samples, and prompts, in two dimensions.
+
+        Raises:
+            InvalidInputError: a prompt is empty, or the retriever cannot draw maps (the paper's formula cannot).
+        """
+        drawn: PoolMap = self._method("map", "draw a map", tenant)(prompts)
+        return drawn
+
+    def _method(self, name: str, purpose: str, tenant: str | None) -> Callable[..., Any]:
+        """What not every retriever can do."""
+        method: Callable[..., Any] | None = getattr(self._views.of(tenant), name, None)
+        if method is None:
+            raise InvalidInputError(f"the retriever {self.settings.retriever!r} cannot {purpose}; expected the hybrid.")
+        return method
 
     def _route(self, prompt: str, ranking: Ranking, threshold: float | None) -> Route:
         least = self.settings.threshold if threshold is None else threshold
@@ -164,8 +211,9 @@ class LoraRetriever:
         chosen = get_strategy(strategy or self.settings.strategy)
         if route.fallback or not route.hits:
             return BASE_COMPOSITION
-        weights = weigh(route.hits, weighting or self.settings.weighting, self.settings.weighting_temperature)
-        return chosen(*cover(route.hits, weights, self.settings.coverage))
+        with span("compose", hits=len(route.hits)):
+            weights = weigh(route.hits, weighting or self.settings.weighting, self.settings.weighting_temperature)
+            return chosen(*cover(route.hits, weights, self.settings.coverage))
 
     def stream(
         self,
@@ -204,7 +252,7 @@ class LoraRetriever:
             compositions = [self.compose(route, strategy=strategy, weighting=weighting) for route in routes]
         else:
             routes = [Route(prompt, (), fallback=False) for prompt in prompts]
-            compositions = [self._compose_named(adapters, strategy)] * len(prompts)
+            compositions = [self._compose_named(adapters, strategy, tenant)] * len(prompts)
         retrieval_seconds = time.perf_counter() - start
         requests = [Request(*each, chat=chat) for each in zip(prompts, compositions, samplings, strict=True)]
         for position, generation in self.engine.run(requests):
@@ -215,45 +263,77 @@ class LoraRetriever:
         completions = sorted(self.stream(prompts, **options), key=lambda each: (each[0], each[1].index))
         return [completion for _, completion in completions]
 
-    def submit(
+    def prepare(
         self,
         prompt: str,
         *,
         strategy: str | None = None,
         weighting: str | None = None,
         adapters: Mapping[str, float] | None = None,
+        tenant: str | None = None,
+        **options: Any,
+    ) -> tuple[Route, Composition]:
+        """What `submit` would answer a prompt with. The arguments are those of `submit`.
+
+        Raises:
+            InvalidInputError, AdapterNotFoundError: as in `stream`.
+        """
+        unknown = options.keys() - inspect.signature(self.route).parameters.keys()
+        if unknown:
+            raise TypeError(f"submit() and prepare() take no keyword argument {min(unknown)!r}")
+        if adapters is not None:
+            return Route(prompt, (), fallback=False), self._compose_named(adapters, strategy, tenant)
+        (route,) = self.route([prompt], tenant=tenant, **options)
+        return route, self.compose(route, strategy=strategy, weighting=weighting)
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        query: str | None = None,
+        messages: Sequence[Message] = (),
+        tokens: Sequence[int] = (),
+        adapters: Mapping[str, float] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         chat: bool = True,
         priority: int = 0,
         timeout: float | None = None,
+        namespace: str = "",
         **options: Any,
     ) -> Submission:
         """Start to answer one prompt beside all others that run; the text comes piece by piece.
 
+        Where an adapter is removed between its retrieval and the submission, retrieval is asked again.
+
         Args:
-            priority, timeout: as in `Request`. The options are those of `route`, the others as in `stream`.
+            query: what adapters are retrieved for; None: the prompt.
+            messages, tokens, priority, timeout, namespace: as in `Request`. The options are those of `route`, and
+                `strategy` and `weighting`; the others as in `stream`.
 
         Raises:
             InvalidInputError, AdapterNotFoundError: as in `stream`.
             OverloadedError: too many prompts wait already; try again later.
         """
-        unknown = options.keys() - inspect.signature(self.route).parameters.keys()
-        if unknown:
-            raise TypeError(f"submit() got an unexpected keyword argument {min(unknown)!r}")
-        if adapters is None:
-            (route,) = self.route([prompt], **options)
-            composition = self.compose(route, strategy=strategy, weighting=weighting)
-        else:
-            route = Route(prompt, (), fallback=False)
-            composition = self._compose_named(adapters, strategy)
-        request = Request(prompt, composition, sampling, chat, priority, timeout)
-        return Submission(route, composition, self.engine.submit(request))
+        start = time.perf_counter()
+        for attempt in range(1, _ATTEMPTS + 1):
+            route, composition = self.prepare(prompt if query is None else query, adapters=adapters, **options)
+            seconds = time.perf_counter() - start
+            request = Request(
+                prompt, composition, sampling, chat, priority, timeout, tuple(messages), tuple(tokens), namespace
+            )
+            try:
+                return Submission(route, composition, self.engine.submit(request), seconds)
+            except AdapterNotFoundError:
+                if adapters is not None or attempt == _ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
-    def _compose_named(self, adapters: Mapping[str, float], strategy: str | None) -> Composition:
+    def _compose_named(self, adapters: Mapping[str, float], strategy: str | None, tenant: str | None) -> Composition:
         if not adapters:
             return BASE_COMPOSITION
+        reader = self.pool.view(tenant)
         for name in adapters:
-            if not self.pool.get(name).enabled:
+            if not reader.get(name).enabled:
                 raise InvalidInputError(
                     f"adapter {name!r} is disabled; enable it with: loraretriever pool enable {name}"
                 )
@@ -276,13 +356,11 @@ class LoraRetriever:
         self.close()
 
 
-def _filter(
-    exclude: Collection[str], only: Collection[str] | None, tags: Collection[str], tenant: str | None
-) -> AdapterFilter:
-    return AdapterFilter(frozenset(exclude), None if only is None else frozenset(only), frozenset(tags), tenant)
+def _filter(exclude: Collection[str], only: Collection[str] | None, tags: Collection[str]) -> AdapterFilter:
+    return AdapterFilter(frozenset(exclude), None if only is None else frozenset(only), frozenset(tags))
 
 
-def _load_retriever(pool: Pool, settings: Settings) -> Retriever:
+def _load_retriever(pool: Reader, settings: Settings) -> Retriever:
     from loraretriever.retrieve.loading import load_retriever
 
     return load_retriever(pool, settings)

@@ -250,11 +250,21 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is whatever the model's chat template knows: "user", "assistant", "system"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt for the engine, with its composition. `chat` puts it into the model's chat template.
 
-    Requests of a lower `priority` number go first. A request not done `timeout` seconds after its submission ends
-    with what it has.
+    With `messages`, the template renders them in place of `prompt`; with `tokens`, the model reads these ids as they
+    are, and `chat` plays no part. Requests of a lower `priority` number go first. A request not done `timeout` seconds
+    after its submission ends with what it has. What was computed of a prompt's beginning serves later requests of
+    the same `namespace` only.
     """
 
     prompt: str
@@ -263,6 +273,9 @@ class Request:
     chat: bool = True
     priority: int = 0
     timeout: float | None = None
+    messages: tuple[Message, ...] = ()
+    tokens: tuple[int, ...] = ()
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing.
@@ -274,6 +287,11 @@ class Request:
             raise InvalidInputError(f"the priority is {self.priority}; expected a number from -1000 to 1000.")
         if self.timeout is not None and not 0 <= self.timeout < math.inf:
             raise InvalidInputError(f"the timeout is {self.timeout}; expected seconds from 0, or None.")
+        if self.messages and self.tokens:
+            raise InvalidInputError(
+                f"a request has {len(self.messages)} messages and {len(self.tokens)} token ids; expected only one of "
+                "the two."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +334,39 @@ class Generation:
     first_token_seconds: float | None = None
     cached_tokens: int = 0  # tokens of the prompt that did not have to be computed
     logprobs: tuple[TokenLogprob, ...] = ()
+    queue_seconds: float | None = None  # to its first step; None: it never ran
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it was made.
+
+    Counters only grow. `batch_sizes` says of how many steps had so many sequences: pairs of an upper bound and the
+    steps above the bound before, ascending; larger steps are in `steps` only.
+    """
+
+    running: int  # sequences; each of a request's n answers is one
+    waiting: int
+    batch_size: int  # sequences that can run at once
+    queue: int  # sequences that can wait
+    slots: int  # adapters that can be on the device at once
+    slots_used: int
+    cache_tokens: int  # tokens that the memory of keys and values has room for
+    cache_tokens_used: int  # of them, in pages that belong to running sequences
+    host_bytes: int  # of adapters in host memory
+
+    # Counters.
+    steps: int = 0
+    step_sequences: int = 0  # sum of the sequences of all steps
+    batch_sizes: tuple[tuple[int, int], ...] = ()
+    prompt_tokens: int = 0  # of prompts whose computation has ended
+    cached_tokens: int = 0  # of them, those that did not have to be computed
+    generated_tokens: int = 0
+    preemptions: int = 0  # running sequences that had to give their room up
+    adapter_hits: int = 0  # adapters of sequences that began to run, found on the device
+    slot_loads: int = 0  # those that had to be copied to it from host memory
+    adapter_loads: int = 0  # adapters read from disk, or merged, into host memory
+    adapter_evictions: int = 0  # adapters that left host memory for others
 
 
 @dataclass(frozen=True, slots=True)

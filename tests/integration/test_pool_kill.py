@@ -25,6 +25,7 @@ location, source, revised = sys.argv[1:]
 
 def work():
     with Pool.open(location) as pool:
+        pool.grace_seconds = 0
         print(os.getpid(), flush=True)
         while True:
             pool.add(source, name="one", samples=["a", "b"])
@@ -106,6 +107,7 @@ def kill_often(location: Path, sources: list[Path], workers: Workers, kills: int
     with Pool.open(location) as pool:
         digests = {adapter.digest for adapter in pool.list()}
         digests |= {pool.add(source, name="probe").adapter.digest for source in sources}
+        pool.grace_seconds = 0
         pool.remove("probe")
     round_seconds = workers.round_seconds()
     rng = random.Random(0)
@@ -123,6 +125,7 @@ def test_kills_at_random_moments_leave_a_whole_pool(location: Path, sources: lis
     Pool.create(location, TINY_BASE, spec=TINY_SPEC).close()
     kill_often(location, sources, workers, 50)
     with Pool.open(location) as pool:
+        pool.grace_seconds = 0
         for adapter in pool.list():
             pool.remove(adapter.name)
         pool.add(sources[0], name="last")

@@ -10,7 +10,7 @@ import loraretriever
 ROOT = Path(loraretriever.__file__).parent
 # A module of one line may import those of the lines above, and of its own line.
 ORDER = (
-    {"errors"},
+    {"errors", "tracing", "openmp"},
     {"types", "config", "jsonl"},
     {"models"},
     {"pool"},
@@ -19,9 +19,11 @@ ORDER = (
     {"batch"},
     {"engine"},
     {"pipeline"},
+    {"server"},
     {"train", "evaluate"},
     {"console"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraretriever.config import Settings
+from loraretriever.config import DEFAULT_ENCODER, Settings
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
@@ -18,6 +18,7 @@ from loraretriever.types import (
     Composition,
     Generation,
     Hit,
+    Message,
     Mixer,
     Ranking,
     Request,
@@ -28,10 +29,19 @@ from tiny_text import WordEncoder
 
 
 class FakeEngine:
-    """Answers with the request's composition, last request first."""
+    """Answers with the request's composition, last request first. `submit` fails for adapters that are `gone`."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.gone: set[str] = set()
+        self.refused = lambda: None
+
+    def submit(self, request: Request) -> Any:
+        self.requests.append(request)
+        if self.gone & set(request.composition.adapters):
+            self.refused()
+            raise AdapterNotFoundError("it is gone")
+        return "the answers"
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
         self.requests += requests
@@ -161,8 +171,8 @@ def test_filters_reach_the_retriever(scripted: Scripted) -> None:
     retriever.generate(["a"], tags=["t"], tenant="us")
     retriever.route(["a"])
     assert retriever.retriever.asked == [  # type: ignore[attr-defined]
-        (7, AdapterFilter(frozenset({"x"}), frozenset({"y"}), frozenset({"t"}), "us")),
-        (3, AdapterFilter(tags=frozenset({"t"}), tenant="us")),
+        (7, AdapterFilter(frozenset({"x"}), frozenset({"y"}), frozenset({"t"}))),
+        (3, AdapterFilter(tags=frozenset({"t"}))),
         (3, AdapterFilter()),
     ]
 
@@ -235,3 +245,126 @@ def test_an_empty_pool_falls_back_to_the_base_model(tmp_path: Path, engine: Fake
 def test_a_threshold_that_is_no_number(retriever: LoraRetriever) -> None:
     with pytest.raises(InvalidInputError, match="NaN"):
         retriever.generate(["a"], threshold=float("nan"))
+
+
+# Submission
+
+
+@pytest.fixture
+def hybrid(retriever: LoraRetriever, engine: FakeEngine) -> LoraRetriever:
+    encoder = WordEncoder()
+    return LoraRetriever(
+        retriever.pool,
+        Settings(threshold=-1),
+        lambda reader, settings: HybridRetriever(reader, lambda name: encoder),
+        lambda pool, settings: engine,
+    )
+
+
+def test_a_prompt_is_submitted_with_all_that_the_engine_is_to_know(hybrid: LoraRetriever, engine: FakeEngine) -> None:
+    messages = [Message("user", "2 and 2?")]
+    submission = hybrid.submit(
+        "2 and 2?",
+        query="add the numbers",
+        messages=messages,
+        sampling=Sampling(max_tokens=3),
+        chat=False,
+        priority=2,
+        timeout=9.0,
+        namespace="tenant us",
+        strategy="selection",
+        k=2,
+    )
+    route, composition = hybrid.prepare("add the numbers", strategy="selection", k=2)
+    assert submission.route == route and submission.composition == composition and submission.answers == "the answers"
+    assert composition.adapters == ("math",) and len(route.hits) == 2
+    assert submission.retrieval_seconds > 0
+    assert engine.requests == [
+        Request("2 and 2?", composition, Sampling(max_tokens=3), False, 2, 9.0, tuple(messages), (), "tenant us")
+    ]
+    hybrid.submit("2 and 2?", tokens=[1, 2])
+    assert engine.requests[1].tokens == (1, 2)
+    for call in (hybrid.submit, hybrid.prepare):
+        with pytest.raises(TypeError, match="'thresold'"):
+            call("a", thresold=1)
+
+
+def test_where_an_adapter_is_removed_meanwhile_retrieval_is_asked_again(
+    hybrid: LoraRetriever, engine: FakeEngine
+) -> None:
+    engine.gone = {"math"}
+    engine.refused = lambda: hybrid.pool.remove("math")
+    submission = hybrid.submit("add the numbers", k=1)
+    assert submission.answers == "the answers" and submission.composition.adapters != ("math",)
+    assert [request.composition.adapters == ("math",) for request in engine.requests] == [True, False]
+
+
+def test_retrieval_is_not_asked_for_ever(hybrid: LoraRetriever, engine: FakeEngine) -> None:
+    engine.gone = {"math", "sql", "german"}
+    with pytest.raises(AdapterNotFoundError):
+        hybrid.submit("add the numbers")
+    assert len(engine.requests) == 4
+    engine.requests.clear()
+    with pytest.raises(AdapterNotFoundError):
+        hybrid.submit("add the numbers", adapters={"math": 1.0})
+    assert len(engine.requests) == 1, "the caller named it"
+
+
+# Views
+
+
+def test_a_tenant_gets_its_own_and_the_shared_adapters(hybrid: LoraRetriever, tmp_path: Path) -> None:
+    samples = ["translate to french", "in french please"]
+    for tenant in ("us", "them"):
+        folder = write_peft_folder(tmp_path / tenant, seed=7)
+        hybrid.pool.add(folder, name=f"{tenant}:french", samples=samples, tenant=tenant)
+    for tenant, own in (("us", {"us:french"}), ("", set()), ("others", set()), (None, {"us:french", "them:french"})):
+        (route,) = hybrid.route(["a text in french"], k=9, tenant=tenant)
+        assert {hit.adapter for hit in route.hits} == {"sql", "german", "math"} | own
+        (reason,) = hybrid.explain(["a text in french"], k=9, tenant=tenant)
+        assert [hit.adapter for hit in reason.hits] == [hit.adapter for hit in route.hits]
+        assert set(hybrid.map(tenant).adapters) == {hit.adapter for hit in route.hits}
+    assert hybrid.submit("in french", adapters={"us:french": 1.0}, tenant="us").composition.adapters == ("us:french",)
+    for tenant in ("them", ""):
+        with pytest.raises(AdapterNotFoundError, match="'us:french'"):
+            hybrid.submit("in french", adapters={"us:french": 1.0}, tenant=tenant)
+        with pytest.raises(AdapterNotFoundError, match="'us:french'"):
+            hybrid.generate(["in french"], adapters={"us:french": 1.0}, tenant=tenant)
+
+
+def test_following_embeds_what_is_new(hybrid: LoraRetriever, tmp_path: Path) -> None:
+    hybrid.pool.add(write_peft_folder(tmp_path / "french", seed=7), samples=["in french"], name="us:f", tenant="us")
+    hybrid.follow("")
+    tag = WordEncoder().tag
+    assert hybrid.pool.missing_embeddings(tag).keys() == {"us:f"}
+    hybrid.follow("us")
+    assert not hybrid.pool.missing_embeddings(tag)
+
+
+# Embeddings and maps
+
+
+def test_embeddings_are_those_of_the_retriever(hybrid: LoraRetriever, retriever: LoraRetriever) -> None:
+    texts = ["add the numbers", "write"]
+    for each in (hybrid, retriever):
+        assert each.encode(texts, "us").tolist() == WordEncoder().encode(texts).tolist()
+        assert each.count_tokens(texts) == 4
+        with pytest.raises(InvalidInputError, match="prompt 2 of 2 is empty"):
+            each.encode(["a", " "])
+
+
+def test_the_name_of_the_encoder(retriever: LoraRetriever, scripted: Scripted, tmp_path: Path) -> None:
+    assert retriever.embedding_model == DEFAULT_ENCODER
+    retriever.pool.set_encoder("owner/encoder")
+    assert retriever.embedding_model == "owner/encoder"
+    retriever.pool.set_encoder(str(tmp_path / "mine"))
+    assert retriever.embedding_model == "mine", "where it lies is nobody's business"
+    assert scripted(Ranking((), 0.0, 0.0), encoder="owner/other").embedding_model == "owner/other"
+
+
+def test_what_a_retriever_cannot_do_is_told(retriever: LoraRetriever, scripted: Scripted) -> None:
+    with pytest.raises(InvalidInputError, match="cannot draw a map; expected the hybrid"):
+        retriever.map()
+    for ask in (scripted(Ranking((), 0.0, 0.0)).encode, scripted(Ranking((), 0.0, 0.0)).count_tokens):
+        with pytest.raises(InvalidInputError, match="cannot (encode|count)"):
+            ask(["a"])

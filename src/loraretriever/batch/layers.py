@@ -60,6 +60,11 @@ class LoraLayers:
         """The adapters that are loaded, least recently used first."""
         return self._table.resident
 
+    @property
+    def slots_used(self) -> int:
+        """How many adapters are loaded. Any thread may ask."""
+        return len(self._table)
+
     def holds(self, ref: AdapterRef) -> bool:
         """Whether an adapter is loaded."""
         return ref in self._table

@@ -31,6 +31,9 @@ class SlotTable:
         self._slot_of: dict[AdapterRef, int] = {}  # least recently used first
         self._free: list[int] = []
 
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._slot_of
 

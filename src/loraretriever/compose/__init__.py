@@ -1,6 +1,16 @@
 """From ranked adapters to a composition."""
 
+from loraretriever.compose.canonical import format_composition, parse_composition
 from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, strategy_names
 from loraretriever.compose.weighting import cover, weigh
 
-__all__ = ["Strategy", "compose_explicit", "cover", "get_strategy", "strategy_names", "weigh"]
+__all__ = [
+    "Strategy",
+    "compose_explicit",
+    "cover",
+    "format_composition",
+    "get_strategy",
+    "parse_composition",
+    "strategy_names",
+    "weigh",
+]

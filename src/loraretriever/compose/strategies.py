@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol
+from typing import Any, Protocol
 
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Composition, Hit, Merge, Mixer
@@ -46,13 +46,13 @@ def fusion(hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
     return Composition("fusion", tuple(hit.adapter for hit in hits), tuple(weights), Mixer.PARAMETERS)
 
 
-def merging(method: str, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
-    """One new adapter made of the adapters by a method of `compose/merge.py`, with its default options.
+def merging(merge: Merge, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """One new adapter made of the adapters by a method of `compose/merge.py`.
 
     One adapter alone acts with its weight, as in a mixture: all methods leave it as it is.
     """
-    merge = Merge(method) if len(hits) > 1 else None
-    return Composition(method, tuple(hit.adapter for hit in hits), tuple(weights), merge=merge)
+    adapters = tuple(hit.adapter for hit in hits)
+    return Composition(merge.method, adapters, tuple(weights), merge=merge if len(hits) > 1 else None)
 
 
 # Of the merges, those that take seconds, and not many minutes, for a model with billions of parameters.
@@ -61,8 +61,9 @@ BUILT_IN: Mapping[str, Strategy] = {
     "selection": selection,
     "mixture": mixture,
     "fusion": fusion,
-    **{method: functools.partial(merging, method) for method in MERGING},
+    **{method: functools.partial(merging, Merge(method)) for method in MERGING},
 }
+_OPTIONS: Mapping[str, Callable[[str], float | int]] = {"density": float, "rank": int, "seed": int}
 
 
 @functools.cache
@@ -78,9 +79,14 @@ def strategy_names() -> list[str]:
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name; a package cannot replace a built-in one.
 
+    Merges take options, which are those of `Merge`: "ties;density=0.3", "dare_ties;density=0.2,seed=1".
+
     Raises:
-        InvalidInputError: there is none, or the package that has it fails.
+        InvalidInputError: there is none, it does not take these options, or the package that has it fails.
     """
+    name, has_options, options = name.partition(";")
+    if has_options:
+        return functools.partial(merging, _merge(name, options))
     if name in BUILT_IN:
         return BUILT_IN[name]
     point = _plug_ins().get(name)
@@ -93,6 +99,35 @@ def get_strategy(name: str) -> Strategy:
             f"strategy {name!r} cannot be loaded from {point.value}: {error}; mend or remove that package."
         ) from error
     return strategy
+
+
+def merge_options(merge: Merge) -> str:
+    """The options that are not the default ones, as `get_strategy` reads them: "density=0.3,seed=1", or ""."""
+    default = Merge(merge.method)
+    return ",".join(
+        f"{option}={getattr(merge, option)!r}"
+        for option in _OPTIONS
+        if getattr(merge, option) != getattr(default, option)
+    )
+
+
+def _merge(method: str, options: str) -> Merge:
+    if method not in MERGING:
+        raise InvalidInputError(
+            f"strategy {method!r:.200} was given the options {options!r:.200}; expected none, or one of the merges "
+            f"{', '.join(MERGING)}."
+        )
+    values: dict[str, Any] = {}
+    for part in options.split(","):
+        option, _, value = (each.strip() for each in part.partition("="))
+        try:
+            values[option] = _OPTIONS[option](value)
+        except (KeyError, ValueError):
+            raise InvalidInputError(
+                f"strategy {method!r} has the option {part!r:.200}; expected {', '.join(_OPTIONS)} with a number, "
+                "such as density=0.3."
+            ) from None
+    return Merge(method, **values)
 
 
 def compose_explicit(strategy: str, weights: Mapping[str, float]) -> Composition:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from loraretriever.types import Generation, Piece, Request
+from loraretriever.types import EngineStats, Generation, Piece, Request
 
 
 class Answers(Protocol):
@@ -17,6 +17,14 @@ class Answers(Protocol):
 
     def result(self) -> list[Generation]:
         """Its answers; waits for them."""
+        ...
+
+    def listen(self, listener: Callable[[Piece | Generation | Exception], None]) -> None:
+        """Hand every event to a listener, in order, from other threads: no thread has to wait for this request.
+
+        An event is a piece, a complete answer (after its last piece), or the error that ends the request. Those that
+        have come already are handed over at once. From then on nobody else can read the answers.
+        """
         ...
 
     def abort(self) -> None:
@@ -32,7 +40,7 @@ class Engine(Protocol):
 
         Raises:
             InvalidInputError: it cannot be run as it is (too long, say).
-            OverloadedError: too many wait already; try again later.
+            OverloadedError: too many wait already, or the engine is stopping; try again later.
         """
         ...
 
@@ -42,6 +50,39 @@ class Engine(Protocol):
         Raises:
             InvalidInputError: a request cannot be run as it is; nothing has been run then.
             LoraRetrieverError: a request failed on its way; the others have been aborted.
+        """
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        ...
+
+    def count_tokens(self, request: Request) -> int:
+        """Tokens of the request's prompt as the model reads it.
+
+        Raises:
+            InvalidInputError: the model does not know one, or the chat template refuses the messages.
+        """
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without the special ones.
+
+        Raises:
+            InvalidInputError: the model does not know one of them.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """What it is doing, and what it has done so far. Quick, and for any thread."""
+        ...
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait until those that were taken have ended; False: some have not.
+
+        Args:
+            timeout: seconds to wait at most; None: as long as it takes.
         """
         ...
 

@@ -1,7 +1,8 @@
-"""Which beginnings of prompts have been computed under which composition. Bookkeeping only; see `attention.py`.
+"""Which beginnings of prompts have been computed under which key. Bookkeeping only; see `attention.py`.
 
-A prefix is kept in blocks of a few tokens, each found by the tokens before it: an exact match of tokens and
-composition, with no hashing that could collide.
+A prefix is kept in blocks of a few tokens, each found by the tokens before it: an exact match of tokens and key, with
+no hashing that could collide. The key is what the keys and values depend on besides, the composition, and who may know
+of them: how soon an answer comes tells whether its prompt's beginning was known.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from itertools import count
 
 BLOCK = 16  # tokens
 
-_Key = tuple[Hashable, tuple[int, ...]]  # (the composition or the number of the block before, the block's tokens)
+_Key = tuple[Hashable, tuple[int, ...]]  # (the key or the number of the block before, the block's tokens)
 
 
 class PrefixTable:
@@ -26,10 +27,10 @@ class PrefixTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, composition: Hashable, tokens: Sequence[int]) -> list[int]:
+    def find(self, under: Hashable, tokens: Sequence[int]) -> list[int]:
         """The blocks that hold the longest known beginning of `tokens`, in order."""
         chain: list[tuple[_Key, int]] = []
-        before: Hashable = (composition,)
+        before: Hashable = (under,)
         for block in _blocks(tokens):
             key = (before, block)
             entry = self._entries.get(key)
@@ -41,11 +42,11 @@ class PrefixTable:
             self._entries.move_to_end(key)
         return [place for _, place in chain]
 
-    def add(self, composition: Hashable, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    def add(self, under: Hashable, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Make room for the whole blocks of `tokens` that are not known: (the block's place among them, block)."""
         added: list[tuple[int, int]] = []
         chain: list[_Key] = []
-        before: Hashable = (composition,)
+        before: Hashable = (under,)
         for index, block in enumerate(_blocks(tokens)):
             key = (before, block)
             entry = self._entries.get(key)

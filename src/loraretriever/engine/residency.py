@@ -54,17 +54,27 @@ class HostStore:
             AdapterRef, Future[PreparedAdapter]
         ] = {}  # not begun, under way, or failed and not reported
         self._queue: dict[AdapterRef, Future[PreparedAdapter]] = {}  # those not begun, first come first
+        self._early: dict[AdapterRef, Future[PreparedAdapter]] = {}  # those not begun that can wait for these
+        self._unwanted: set[AdapterRef] = set()  # under way, and nobody waits: an error is not kept
+        self._largest = 0  # bytes of an adapter
         self._kept: frozenset[AdapterRef] = frozenset()
         self._closed = False
         self._most_threads = threads
         self._threads: set[threading.Thread] = set()
 
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Load an adapter in the background, unless it is loaded, being loaded, or has an error to report."""
+    def prefetch(self, ref: AdapterRef, early: bool = False) -> None:
+        """Load an adapter in the background, unless it is loaded, being loaded, or has an error to report.
+
+        `early`: it is not needed yet. It is loaded after all others, and dropped if another would have to leave for it.
+        """
         with self._lock:
             self._check_open()
-            if ref not in self._held and ref not in self._pending:
-                self._pending[ref] = self._queue[ref] = Future()
+            self._unwanted.discard(ref)
+            if ref in self._pending:
+                if not early and ref in self._early:
+                    self._queue[ref] = self._early.pop(ref)
+            elif ref not in self._held:
+                self._pending[ref] = (self._early if early else self._queue)[ref] = Future()
                 if len(self._threads) < self._most_threads:
                     thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
                     self._threads.add(thread)
@@ -74,8 +84,12 @@ class HostStore:
         """Nobody waits for this adapter any more: drop its prefetch, if it has not begun, or its error."""
         with self._lock:
             future = self._pending.get(ref)
-            if future is not None and (self._queue.pop(ref, None) is not None or future.done()):
+            if future is None:
+                return
+            if self._dequeue(ref) or future.done():
                 del self._pending[ref]
+            else:
+                self._unwanted.add(ref)
 
     def is_ready(self, ref: AdapterRef) -> bool:
         """Whether `get` returns or raises at once. Loaded adapters that are not kept may leave in between."""
@@ -96,9 +110,10 @@ class HostStore:
                 self._touch(ref)
                 return adapter
             future = self._pending.setdefault(ref, Future())
+            self._unwanted.discard(ref)
             is_mine = not future.running() and not future.done()
             if is_mine:  # perhaps from the queue, where it would have to wait for others
-                self._queue.pop(ref, None)
+                self._dequeue(ref)
                 future.set_running_or_notify_cancel()
         if is_mine:
             self._run(ref, future)
@@ -120,9 +135,10 @@ class HostStore:
         """Drop the prefetches that have not begun, wait for those that have, and end the threads."""
         with self._lock:
             self._closed = True
-            for ref in self._queue:
+            for ref in (*self._queue, *self._early):
                 del self._pending[ref]
             self._queue.clear()
+            self._early.clear()
             threads = list(self._threads)
         for thread in threads:
             thread.join()
@@ -131,22 +147,40 @@ class HostStore:
         if self._closed:
             raise RuntimeError("the host store is closed; make a new one.")
 
+    def _dequeue(self, ref: AdapterRef) -> bool:
+        return self._queue.pop(ref, None) is not None or self._early.pop(ref, None) is not None
+
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._queue:
+                ref = self._next()
+                if ref is None:
                     self._threads.discard(threading.current_thread())
                     return
-                ref = next(iter(self._queue))
-                future = self._queue.pop(ref)
+                future = self._pending[ref]
                 future.set_running_or_notify_cancel()
             self._run(ref, future)
+
+    def _next(self) -> AdapterRef | None:
+        """Take what is to be loaded next from the queues."""
+        if not self._queue and self.nbytes + self._largest >= self.max_bytes:
+            for ref in self._early:
+                del self._pending[ref]
+            self._early.clear()
+        for ref in self._queue or self._early:
+            self._dequeue(ref)
+            return ref
+        return None
 
     def _run(self, ref: AdapterRef, future: Future[PreparedAdapter]) -> None:
         try:
             adapter = self._load(ref)
         except BaseException as error:  # also an interrupt: others may wait for this load
-            future.set_exception(error)
+            with self._lock:
+                if ref in self._unwanted:
+                    self._unwanted.remove(ref)
+                    del self._pending[ref]
+                future.set_exception(error)
         else:
             with self._lock:
                 self._shrink(self.max_bytes - adapter.nbytes)
@@ -154,6 +188,8 @@ class HostStore:
                 self.nbytes += adapter.nbytes
                 self.peak_bytes = max(self.peak_bytes, self.nbytes)
                 self.loads += 1
+                self._largest = max(self._largest, adapter.nbytes)
+                self._unwanted.discard(ref)
                 del self._pending[ref]
             future.set_result(adapter)
         if self._on_ready is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import Any, Protocol
 
 from loraretriever.batch import RowRoute
@@ -10,7 +10,6 @@ from loraretriever.engine.sampler import Sampled, make_generator
 from loraretriever.engine.scheduler import Job
 from loraretriever.engine.text import TextStream
 from loraretriever.errors import EngineError, LoraRetrieverError
-from loraretriever.models import render_prompt
 from loraretriever.types import Generation, Piece, Request, TokenLogprob
 
 
@@ -50,6 +49,7 @@ class Sequence:
         self.prompt_ids = prompt_ids
         self.output_ids: list[int] = []
         self.route = route
+        self.beginnings: Hashable = (request.namespace, route)  # under which its prompt's beginning is known
         self.sink = sink
         self.generator = make_generator(request.sampling, index)
         self.job: Job = Job(
@@ -69,7 +69,13 @@ class Sequence:
         self._logprobs: list[TokenLogprob] = []
         self._shown = 0  # of the log-probabilities, those that are in a piece
         self._submitted = now
+        self._queued: float | None = None  # seconds to the first step
         self._first: float | None = None  # seconds to the first token
+
+    def admit(self, now: float) -> None:
+        """It runs from now on, perhaps not for the first time."""
+        if self._queued is None:
+            self._queued = now - self._submitted
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Tokens of prompt and answer from a position on."""
@@ -112,6 +118,7 @@ class Sequence:
             first_token_seconds=self._first,
             cached_tokens=self.cached or 0,
             logprobs=tuple(self._logprobs),
+            queue_seconds=self._queued,
         )
         self.sink.finish(generation)
 
@@ -137,11 +144,3 @@ class Sequence:
         new = tuple(self._logprobs[self._shown :])
         self._shown = len(self._logprobs)
         return new
-
-
-def tokenize(request: Request, tokenizer: Any) -> list[int]:
-    """The tokens that the model reads for a request."""
-    text = render_prompt(tokenizer, request.prompt, request.chat)
-    rendered = request.chat and bool(tokenizer.chat_template)  # the template writes the special tokens itself
-    ids: list[int] = tokenizer(text, add_special_tokens=not rendered).input_ids
-    return ids

@@ -6,24 +6,21 @@ place and commit the row. A kill before the commit leaves files that no row name
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import AdmissionError, PoolError
-from loraretriever.pool import plain, records
+from loraretriever.errors import PoolError
+from loraretriever.pool import content, plain, records
 from loraretriever.pool.admission import Admission, admit, same_base
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import copy_adapter, discard, locked, rename, staging_folder, write_file
 from loraretriever.pool.layout import CONTENT_FOLDER, Layout
-from loraretriever.pool.peft_config import read_config
+from loraretriever.pool.names import own_name
 from loraretriever.pool.samples import (
     SAMPLES_FILE,
     derived_samples,
@@ -34,7 +31,7 @@ from loraretriever.pool.samples import (
     write_samples,
 )
 from loraretriever.pool.schema import AdapterRow
-from loraretriever.pool.weights import CARD_FILE, digest_of, find_files, optional_file
+from loraretriever.pool.weights import CARD_FILE, digest_in, optional_file
 from loraretriever.types import Adapter, BaseModelSpec, Sample
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -94,42 +91,23 @@ def add(
     """Add a candidate to the pool, or change what the pool has of that name."""
     if not layout.plain:
         with locked(layout.state):
-            sweep_content(layout, database)
+            content.sweep(layout, database)
     with staging_folder(layout.state) as staging:
         staged = _stage(layout, candidate, staging / "adapter", base_model, spec)
         with locked(layout.state), database.write() as session:
             if layout.plain:
                 plain.put_back_replaced(layout)
             row = records.current_row(session, candidate.name)
+            before = row.tenant if row else ""
             if row is not None and row.digest == staged.admission.digest:
                 change = _update(session, layout, row, candidate, staged)
             else:
                 change = AddChange.REVISED if row else AddChange.ADDED
                 row = _insert(session, layout, row, candidate, staged, base_model)
             if change is not AddChange.UNCHANGED:
-                count_change(session, candidate.name)
+                count_change(session, candidate.name, before=before)
             session.flush()
             return AddResult(records.to_adapters(session, [row], layout.root)[0], change)
-
-
-def sweep_content(layout: Layout, database: Database) -> None:
-    """Delete content that no revision names: of removed adapters, of adds that were killed.
-
-    Call it under the lock.
-    """
-    found = os.listdir(layout.content) if layout.content.is_dir() else []
-    with database.read() as session:
-        # Not through the session, which is slower: a large pool has ten thousand.
-        used = {digest for (digest,) in session.connection().execute(select(AdapterRow.digest))}
-    discard_content(layout, [name for name in found if name not in used])
-
-
-def discard_content(layout: Layout, digests: Iterable[str]) -> None:
-    """Delete content of these digests, where it is. Call it under the lock."""
-    for digest in digests:
-        folder = layout.content / digest
-        if _DIGEST.fullmatch(digest) and folder.exists():  # others would not be ours to delete
-            discard(folder, layout.state)
 
 
 def _stage(layout: Layout, candidate: Candidate, folder: Path, base_model: str, spec: BaseModelSpec | None) -> _Staged:
@@ -151,7 +129,7 @@ def _stage(layout: Layout, candidate: Candidate, folder: Path, base_model: str, 
     return _Staged(
         folder=folder,
         admission=admission,
-        samples=samples or derived_samples(candidate.name, card, candidate.description),
+        samples=samples or derived_samples(own_name(candidate.name), card, candidate.description),
         explicit=samples is not None,
         given=candidate.samples is not None or (samples is None and bool(candidate.description)),
         description=candidate.description or (card.paragraphs[0] if card.paragraphs else ""),
@@ -210,7 +188,7 @@ def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candid
     if samples != old:
         records.replace_samples(session, row, samples)
         change = AddChange.SAMPLES_UPDATED
-    if not staged.in_place and _digest_in(layout.root / row.folder) != row.digest:
+    if not staged.in_place and digest_in(layout.root / row.folder) != row.digest:
         _place(layout, row, staged, samples)
         change = AddChange.REPAIRED
     elif layout.plain and samples != old:
@@ -243,7 +221,7 @@ def _place(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sampl
     elif layout.plain:
         plain.place(layout, staged.folder, row.name, samples)
         row.stamp = plain.stamp_of(target)
-    elif _digest_in(target) != row.digest:
+    elif digest_in(target) != row.digest:
         if target.exists():
             discard(target, layout.state)
         target.parent.mkdir(exist_ok=True)
@@ -257,12 +235,3 @@ def _write_samples(layout: Layout, row: AdapterRow, staged: _Staged, samples: li
     folder = layout.root / row.folder
     write_file(folder / SAMPLES_FILE, write_samples(samples))
     row.stamp = {**(row.stamp or {}), SAMPLES_FILE: plain.stamp_of(folder)[SAMPLES_FILE]}
-
-
-def _digest_in(folder: Path) -> str | None:
-    """The digest of the files in a folder; None where they are missing or damaged."""
-    try:
-        config, weights = find_files(folder)
-        return digest_of(read_config(config), weights)
-    except (AdmissionError, OSError):
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,23 +12,38 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import PoolError
-from loraretriever.pool import changes, plain, records
+from loraretriever.pool import changes, plain
+from loraretriever.pool.content import GRACE_SECONDS
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import file_errors, locked
+from loraretriever.pool.jobs import JobStore
+from loraretriever.pool.keys import KeyStore
 from loraretriever.pool.layout import Layout, absolute_model
-from loraretriever.pool.schema import PoolRow
+from loraretriever.pool.reading import PoolReader, PoolView
+from loraretriever.pool.schema import AdapterRow
 
 
-class PoolBase:
+class PoolBase(PoolReader):
     """A pool that is open: see `Pool`."""
 
     def __init__(self, layout: Layout, database: Database, base_model: str = "") -> None:
         """Use `Pool.create` or `Pool.open`."""
-        self._layout = layout
-        self._database = database
-        self._asked = threading.local()  # what `missing_embeddings` told this thread
+        super().__init__(layout, database)
         self.problems: tuple[str, ...] = ()
         self.base_model = base_model
+        self.grace_seconds = GRACE_SECONDS
+        self.keys = KeyStore(database)
+        self.jobs = JobStore(database)
+
+    def view(self, view: str | None) -> PoolView:
+        """What a tenant may see: its own adapters and those of nobody; "": the latter alone; None: everything."""
+        return PoolView(self, view)
+
+    def tenants(self) -> frozenset[str]:
+        """The tenants that have adapters."""
+        with self._database.read() as session:
+            query = select(AdapterRow.tenant).where(AdapterRow.current, AdapterRow.tenant.is_not(None)).distinct()
+            return frozenset(tenant for tenant in session.scalars(query) if tenant is not None)
 
     @property
     def location(self) -> Path:
@@ -37,29 +51,14 @@ class PoolBase:
         return self._layout.root
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a plain folder of adapters, which others may change: see `Pool.refresh`."""
+        return self._layout.plain
+
+    @property
     def state_folder(self) -> Path:
         """The folder of the database, where what is derived from the pool may be kept too."""
         return self._layout.state
-
-    @property
-    def change(self) -> int:
-        """A number that grows with each committed change to adapters or samples, by any process."""
-        with self._database.read() as session:
-            return session.scalars(select(PoolRow.change)).one()
-
-    def changes_since(self, change: int) -> frozenset[str] | None:
-        """Names of the adapters that the changes after this one touched: what a reader of that change must read again.
-
-        None: read all of them. The change is newer than the pool, or so old that the log no longer has what followed.
-        """
-        with self._database.read() as session:
-            return changes.changes_since(session, change)
-
-    @property
-    def encoder(self) -> str | None:
-        """The sentence encoder that this pool is to be read with: a folder or a hub id; None: the reader's default."""
-        with self._database.read() as session:
-            return self._row(session).encoder
 
     def set_encoder(self, name: str | None) -> None:
         """Choose the sentence encoder; of a folder the absolute path is kept.
@@ -77,6 +76,7 @@ class PoolBase:
 
     def close(self) -> None:
         """Close the connections to the database."""
+        self.jobs.close()
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -103,12 +103,3 @@ class PoolBase:
     def _check_takes_adapters(self) -> None:
         if not self._layout.takes_adapters:
             raise PoolError(f"the folder {self._layout.root} is read-only. Copy the pool to a folder of your own.")
-
-    def _row(self, session: Session) -> PoolRow:
-        row = records.pool_row(session)
-        if row is None:
-            raise PoolError(
-                f"the pool at {self._layout.root} was never finished. Make it with: "
-                f"loraretriever pool init --pool {self._layout.root}"
-            )
-        return row

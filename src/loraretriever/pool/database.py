@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import PoolError
 
 DATABASE_FILE = "pool.db"
-HEAD_REVISION = "0002"  # the last one in migrations/versions; known here so that opening need not import Alembic
+HEAD_REVISION = "0003"  # the last one in migrations/versions; known here so that opening need not import Alembic
 _BUSY_SECONDS = 60.0
 
 
@@ -52,8 +52,18 @@ class Database:
                 return
             with self._engine.connect() as connection:
                 connection.connection.driver_connection.execute("PRAGMA journal_mode = WAL")  # type: ignore[union-attr]
-            with self._writing.begin() as connection:
-                _upgrade(connection, self.file)
+            with self._writing.connect() as connection:
+                # A table that is made anew would take the rows with it that refer to its own. This cannot be
+                # switched inside a transaction.
+                driver: Any = connection.connection.driver_connection
+                driver.execute("PRAGMA foreign_keys = OFF")
+                try:
+                    with connection.begin():
+                        _upgrade(connection, self.file)
+                        if connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
+                            raise PoolError(f"{self.file} holds rows that belong to nothing; restore it from a copy.")
+                finally:
+                    driver.execute("PRAGMA foreign_keys = ON")
 
     @property
     def is_current(self) -> bool:

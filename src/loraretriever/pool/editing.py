@@ -1,4 +1,4 @@
-"""Changes to the samples of an adapter that is in the pool already.
+"""Changes to the samples and the description of an adapter that is in the pool already.
 
 In a plain folder the adapter's `samples.jsonl` is the truth: it is written first, and the database follows it. Killed
 between the two, the next opening finds the file changed.
@@ -6,7 +6,7 @@ between the two, the next opening finds the file changed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sqlalchemy.orm import Session
 
@@ -15,9 +15,19 @@ from loraretriever.pool import plain, records
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.files import write_file
 from loraretriever.pool.layout import Layout
-from loraretriever.pool.samples import SAMPLES_FILE, read_samples, rewrite_samples, with_added, write_samples
+from loraretriever.pool.names import own_name
+from loraretriever.pool.samples import (
+    SAMPLES_FILE,
+    derived_samples,
+    is_given,
+    read_card,
+    read_samples,
+    rewrite_samples,
+    with_added,
+    write_samples,
+)
 from loraretriever.pool.schema import AdapterRow
-from loraretriever.pool.weights import optional_file
+from loraretriever.pool.weights import CARD_FILE, optional_file
 from loraretriever.types import Sample
 
 
@@ -52,6 +62,52 @@ def remove_samples(session: Session, layout: Layout, name: str, positions: Colle
         )
     store_samples(session, layout, row, samples)
     count_change(session, name)
+
+
+def replace_samples(
+    session: Session, layout: Layout, name: str, texts: Iterable[str], counter_texts: Iterable[str] | None
+) -> list[Sample]:
+    """Give an adapter these samples, and these counter samples or those that it has; returns all that it has now."""
+    row = records.find_row(session, name)
+    old = current_samples(session, layout, row)
+    new = [Sample(text) for text in texts]
+    if counter_texts is None:
+        new += [sample for sample in old if sample.counter]
+    else:
+        new += [Sample(text, counter=True) for text in counter_texts]
+    samples = _in_place_of(old, new, name)
+    if samples != old:
+        store_samples(session, layout, row, samples)
+        count_change(session, name)
+    return samples
+
+
+def update_details(
+    session: Session, layout: Layout, name: str, description: str | None, tags: Sequence[str] | None
+) -> AdapterRow:
+    """Describe an adapter anew. Samples that were derived from what described it before are derived again."""
+    row = records.find_row(session, name)
+    before = row.description, row.tags
+    row.description = row.description if description is None else description
+    row.tags = row.tags if tags is None else list(tags)
+    if (row.description, row.tags) == before:
+        return row
+    old = current_samples(session, layout, row)
+    has_given = any(is_given(sample) and not sample.counter for sample in old)
+    if description and description != before[0] and not has_given:
+        card = read_card(optional_file(layout.root / row.folder / CARD_FILE))
+        counters = [sample for sample in old if sample.counter]
+        samples = _in_place_of(old, [*derived_samples(own_name(name), card, description), *counters], name)
+        if samples != old:
+            store_samples(session, layout, row, samples)
+    count_change(session, name)
+    return row
+
+
+def _in_place_of(old: Sequence[Sample], new: Sequence[Sample], name: str) -> list[Sample]:
+    """Samples that replace others: those that were there as they were, then the rest. A file keeps the same order."""
+    wanted = {(sample.text, sample.counter) for sample in new}
+    return with_added([sample for sample in old if (sample.text, sample.counter) in wanted], new, name)
 
 
 def current_samples(session: Session, layout: Layout, row: AdapterRow) -> list[Sample]:

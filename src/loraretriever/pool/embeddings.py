@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Row, Select, delete, insert, select
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import InvalidInputError
-from loraretriever.pool.records import batches
+from loraretriever.pool.records import batches, visible
 from loraretriever.pool.schema import AdapterRow, EmbeddingRow, EncoderRow, PoolRow, SampleRow
 from loraretriever.types import PoolEntry, Sample
 
@@ -21,16 +21,16 @@ Vectors = npt.NDArray[np.float32]
 SampleIds = tuple[int, ...]
 _STORED = np.dtype("<f4")
 MAX_ENCODERS = 4  # whose vectors are kept at once
-_ENABLED = AdapterRow.current & AdapterRow.enabled
 
 
 def load_entries(
-    session: Session, encoder: str, names: Collection[str] | None = None
+    session: Session, encoder: str, names: Collection[str] | None = None, view: str | None = None
 ) -> tuple[int, dict[str, PoolEntry]]:
-    """The change number, and by name what retrieval reads of the enabled adapters, or of those of these names."""
+    """The change number, and by name what retrieval reads of a view's enabled adapters, or of those of these names."""
+    is_wanted = visible(view) & AdapterRow.enabled
     change = session.scalars(select(PoolRow.change)).one()
     columns = select(AdapterRow.id, AdapterRow.name, AdapterRow.tags, AdapterRow.tenant, AdapterRow.base_model)
-    adapters = sorted(_select(session, columns, _ENABLED, names), key=lambda row: row.name)
+    adapters = sorted(_select(session, columns, is_wanted, names), key=lambda row: row.name)
     join = (EmbeddingRow.sample_id == SampleRow.id) & (EmbeddingRow.encoder == encoder)
     texts = (
         select(AdapterRow.id, SampleRow.text, SampleRow.source, SampleRow.counter, EmbeddingRow.vector)
@@ -38,7 +38,7 @@ def load_entries(
         .outerjoin(EmbeddingRow, join)
         .order_by(AdapterRow.id, SampleRow.position)
     )
-    samples = groupby(_select(session, texts, _ENABLED, names), key=itemgetter(0))
+    samples = groupby(_select(session, texts, is_wanted, names), key=itemgetter(0))
     parts = {number: _entry_parts(rows) for number, rows in samples}
     empty = _entry_parts(())
     return change, {
@@ -48,16 +48,17 @@ def load_entries(
 
 
 def missing(
-    session: Session, encoder: str, names: Collection[str] | None = None
+    session: Session, encoder: str, names: Collection[str] | None = None, view: str | None = None
 ) -> dict[str, tuple[SampleIds, list[Sample]]]:
-    """By enabled adapter: the ids of its samples that this encoder has not embedded, and those samples."""
+    """By enabled adapter of a view: the ids of its samples that this encoder has not embedded, and those samples."""
     has_vector = select(EmbeddingRow.sample_id).where(
         EmbeddingRow.sample_id == SampleRow.id, EmbeddingRow.encoder == encoder
     )
     columns = select(
         AdapterRow.name, SampleRow.position, SampleRow.id, SampleRow.text, SampleRow.source, SampleRow.counter
     ).join(SampleRow, SampleRow.adapter_id == AdapterRow.id)
-    rows = list(_select(session, columns, _ENABLED & ~has_vector.exists(), names))
+    is_wanted = visible(view) & AdapterRow.enabled & ~has_vector.exists()
+    rows = list(_select(session, columns, is_wanted, names))
     rows.sort(key=lambda row: (row.name, row.counter, row.position))
     found = {name: list(group) for name, group in groupby(rows, key=lambda row: row.name)}
     return {
@@ -66,14 +67,21 @@ def missing(
     }
 
 
-def store(session: Session, encoder: str, vectors: Mapping[str, Vectors], asked: Mapping[str, SampleIds]) -> None:
+def store(
+    session: Session,
+    encoder: str,
+    vectors: Mapping[str, Vectors],
+    asked: Mapping[str, SampleIds],
+    view: str | None = None,
+) -> None:
     """Store vectors of the samples of `asked`, or of all samples of an adapter that is not in it.
 
-    Samples that are gone are passed over, as are adapters. Of encoders, those that stored last are kept.
+    Samples that are gone are passed over, as are adapters that the view does not have. Of encoders, those that
+    stored last are kept.
     """
     is_stored = False
     for names in batches(vectors):
-        ids = _sample_ids(session, names)
+        ids = _sample_ids(session, names, view)
         rows: dict[int, bytes] = {}
         for name in names:
             _check_vectors(name, vectors[name])
@@ -156,11 +164,11 @@ def _stack(blobs: list[bytes | None]) -> Vectors | None:
     return numbers.reshape(len(found), -1).astype(np.float32, copy=False)
 
 
-def _sample_ids(session: Session, names: Collection[str]) -> dict[str, SampleIds]:
+def _sample_ids(session: Session, names: Collection[str], view: str | None) -> dict[str, SampleIds]:
     query = (
         select(AdapterRow.name, SampleRow.id)
         .join(SampleRow, SampleRow.adapter_id == AdapterRow.id)
-        .where(AdapterRow.current, AdapterRow.name.in_(names))
+        .where(visible(view), AdapterRow.name.in_(names))
         .order_by(AdapterRow.name, SampleRow.counter, SampleRow.position)
     )
     groups = groupby(session.execute(query), key=lambda row: row.name)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraretriever.errors import AdmissionError, InvalidInputError, PoolError
 from loraretriever.pool.peft_config import CONFIG_FILE
 from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, check_size
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +23,18 @@ class HubAdapter:
     folder: Path
 
 
-def download_adapter(source: str, revision: str | None, max_bytes: int) -> HubAdapter:
+def download_adapter(source: str, revision: str | None, max_bytes: int, *, anonymous: bool = False) -> HubAdapter:
     """Download an adapter's configuration, weights and model card to the hub's cache.
 
-    The commit is the one that `owner/name[@revision]` is at now.
+    The commit is the one that `owner/name[@revision]` is at now. `anonymous`: public repositories only, whatever
+    this machine's token may read.
 
     Raises:
         InvalidInputError: the source is neither a folder nor a hub id.
         AdmissionError: the repository holds no safetensors adapter, or too large a one.
         PoolError: the hub cannot be reached, or does not give the repository.
     """
-    match = _HUB_ID.fullmatch(source)
+    match = HUB_ID.fullmatch(source)
     if match is None:
         raise InvalidInputError(
             f"{source!r} is neither a folder nor a hub id; expected a PEFT folder or owner/name[@revision]."
@@ -43,11 +45,13 @@ def download_adapter(source: str, revision: str | None, max_bytes: int) -> HubAd
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        info = HfApi().model_info(repo, revision=wanted, files_metadata=True)
+        access: dict[str, Any] = {"token": False} if anonymous else {}
+        info = HfApi(**access).model_info(repo, revision=wanted, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         commit = str(info.sha)
         _check_files(repo, sizes, max_bytes)
-        folder = snapshot_download(repo, revision=commit, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE])
+        files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+        folder = snapshot_download(repo, revision=commit, allow_patterns=files, **access)
     except AdmissionError:
         raise
     except Exception as error:  # the hub's errors share no base but this one; their HTTP library has changed before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from loraretriever.config import cache_folder
 from loraretriever.errors import InvalidInputError, PoolError
 from loraretriever.pool.database import DATABASE_FILE
 from loraretriever.pool.files import STAGING_FOLDER
+from loraretriever.pool.names import check_tenant
 from loraretriever.pool.peft_config import CONFIG_FILE
 from loraretriever.pool.weights import WEIGHTS_FILE
 
 STATE_FOLDER = ".loraretriever"
 CONTENT_FOLDER = "adapters"
-MAX_TENANT = 128
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+VIEW_PREFIX = "view-"  # of folders in the state folder, with what is derived from what a tenant may see
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Layout:
         self.state.mkdir(parents=True, exist_ok=True)
         if self.plain:
             # A plain folder may come from anywhere: nothing in it may make this process write to another place.
-            for file in self.state.iterdir():
+            for file in (*self.state.iterdir(), *self.state.glob(f"{VIEW_PREFIX}*/*")):
                 _check_is_real(file)
         if self.plain and self.takes_adapters:
             with suppress(FileExistsError), (self.state / ".gitignore").open("x") as handle:
@@ -140,22 +139,8 @@ def adapter_folders(root: Path) -> dict[str, Path]:
     }
 
 
-def check_name(name: str) -> str:
-    """The name, when an adapter may have it.
-
-    Raises:
-        InvalidInputError: it may not.
-    """
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidInputError(
-            f"the adapter name {name!r:.200} cannot be used; expected 1 to 128 letters, digits, '.', '_' or '-', the "
-            "first one a letter or digit, and no '..'. Give another name."
-        )
-    return name
-
-
-def check_tenant(tenant: str | None, layout: Layout) -> str | None:
-    """The name of a tenant, when an adapter of this pool may belong to it.
+def check_owner(tenant: str | None, layout: Layout) -> str | None:
+    """The tenant, when an adapter of this pool may belong to it; the empty string: to nobody.
 
     Raises:
         InvalidInputError: it may not.
@@ -165,11 +150,7 @@ def check_tenant(tenant: str | None, layout: Layout) -> str | None:
             f"tenant is {tenant!r:.200}, but {layout.root} is a plain folder, whose adapters belong to no tenant. Make "
             "a pool for them with: loraretriever pool init"
         )
-    if tenant and (len(tenant) > MAX_TENANT or not tenant.isprintable() or tenant != tenant.strip()):
-        raise InvalidInputError(
-            f"tenant is {tenant!r:.200}; expected at most {MAX_TENANT} printable characters, no space at an end."
-        )
-    return tenant
+    return check_tenant(tenant) if tenant else tenant
 
 
 def absolute_model(name: str, what: str) -> str:

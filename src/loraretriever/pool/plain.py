@@ -20,7 +20,8 @@ from loraretriever.pool.admission import Admission, admit
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import locked, rename, write_file
-from loraretriever.pool.layout import Layout, adapter_folders, check_name
+from loraretriever.pool.layout import Layout, adapter_folders
+from loraretriever.pool.names import check_name
 from loraretriever.pool.peft_config import CONFIG_FILE, read_config
 from loraretriever.pool.samples import (
     SAMPLES_FILE,
@@ -31,7 +32,7 @@ from loraretriever.pool.samples import (
     write_samples,
 )
 from loraretriever.pool.schema import AdapterRow
-from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, optional_file, real_file
+from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, digest_in, optional_file, real_file
 from loraretriever.types import BaseModelSpec, Sample
 
 Stamp = dict[str, list[int]]
@@ -122,6 +123,14 @@ def take_out(layout: Layout, name: str) -> None:
     put_back_replaced(layout)
     if (layout.root / name).exists():
         _keep(layout, layout.root / name)
+
+
+def find_removed(layout: Layout, name: str, digest: str) -> Path | None:
+    """Where an adapter's folder with this content lies, if it was replaced or removed."""
+    removed = {folder.name: folder for folder in (layout.state / _REMOVED).glob(f"{name}.*")}
+    numbers = [int(number) for each in removed if (number := each.removeprefix(f"{name}.")).isdecimal()]
+    folders = [removed[f"{name}.{number}"] for number in sorted(numbers, reverse=True)]
+    return next((folder for folder in folders if digest_in(folder) == digest), None)
 
 
 def put_back_replaced(layout: Layout) -> None:

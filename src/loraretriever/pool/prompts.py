@@ -1,30 +1,18 @@
-"""What a pool knows of prompts: samples, their embeddings, feedback."""
+"""Changes to what a pool knows of prompts: samples and feedback."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 
-from loraretriever.pool import editing, embeddings, feedback, records
+from loraretriever.errors import InvalidInputError
+from loraretriever.pool import editing, feedback
 from loraretriever.pool.base import PoolBase
-from loraretriever.pool.embeddings import SampleIds, Vectors
 from loraretriever.pool.samples import new_samples
-from loraretriever.types import Feedback, PoolEntry, Sample
+from loraretriever.types import Feedback, Sample
 
 
 class PromptMethods(PoolBase):
     """The methods of `Pool` about prompts."""
-
-    def samples(self, name: str) -> list[Sample]:
-        """An adapter's samples, in order."""
-        with self._database.read() as session:
-            found = records.samples_of(session, records.find_row(session, name))
-        return [sample for sample in found if not sample.counter]
-
-    def counter_samples(self, name: str) -> list[Sample]:
-        """The prompts that an adapter must not be chosen for, in order."""
-        with self._database.read() as session:
-            found = records.samples_of(session, records.find_row(session, name))
-        return [sample for sample in found if sample.counter]
 
     def add_samples(
         self, name: str, texts: Iterable[str], *, counter: bool = False, source: str = "given"
@@ -41,6 +29,26 @@ class PromptMethods(PoolBase):
         new = new_samples(texts, counter, source)
         with self._editing(f"change the samples of {name!r}") as session:
             return editing.add_samples(session, self._layout, name, new)
+
+    def replace_samples(
+        self, name: str, texts: Iterable[str], counter_texts: Iterable[str] | None = None
+    ) -> list[Sample]:
+        """Give an adapter other samples, all at once. Those that it has already stay first, with source and embeddings.
+
+        `counter_texts`: its counter samples; None: those that it has.
+
+        Returns: the samples and the counter samples that it has now.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+            InvalidInputError: a text cannot be a sample, is one of both kinds, or there are none or too many.
+            PoolError: the pool cannot be written.
+        """
+        for each in (texts, counter_texts):
+            if isinstance(each, str):
+                raise InvalidInputError(f"samples is the string {each[:80]!r}; expected a list of strings.")
+        with self._editing(f"change the samples of {name!r}") as session:
+            return editing.replace_samples(session, self._layout, name, texts, counter_texts)
 
     def remove_samples(self, name: str, positions: Iterable[int]) -> None:
         """Remove samples by their places, from 0, in `samples(name)` followed by `counter_samples(name)`.
@@ -89,38 +97,3 @@ class PromptMethods(PoolBase):
         """
         with self._database.write() as session:
             return feedback.reject(session, ids)
-
-    def entries(self, encoder_tag: str, names: Collection[str] | None = None) -> tuple[int, dict[str, PoolEntry]]:
-        """The change number and, by name, what retrieval reads of the enabled adapters, all in one state of the pool.
-
-        With `names` only those; one that is gone or disabled is absent.
-        """
-        with self._database.read() as session:
-            return embeddings.load_entries(session, encoder_tag, names)
-
-    def embeddings(self, encoder_tag: str, names: Collection[str] | None = None) -> dict[str, Vectors]:
-        """For each enabled adapter whose samples are all embedded: their vectors, shape (samples, dimension)."""
-        _, found = self.entries(encoder_tag, names)
-        return {name: entry.vectors for name, entry in found.items() if entry.vectors is not None}
-
-    def missing_embeddings(self, encoder_tag: str, names: Collection[str] | None = None) -> dict[str, list[Sample]]:
-        """For each enabled adapter with samples or counter samples that this encoder has not embedded: those.
-
-        With `names` only for these adapters.
-        """
-        with self._database.read() as session:
-            found = embeddings.missing(session, encoder_tag, names)
-        self._asked.ids = {name: ids for name, (ids, _) in found.items()}
-        return {name: samples for name, (_, samples) in found.items()}
-
-    def store_embeddings(self, encoder_tag: str, vectors: Mapping[str, Vectors]) -> None:
-        """Store vectors for what `missing_embeddings` gave this thread, one per sample, in order.
-
-        For an adapter that it did not give: one for each of its samples, and then of its counter samples. Samples
-        that are gone since then are passed over. Vectors of a few encoders are kept.
-        """
-        asked: dict[str, SampleIds] = getattr(self._asked, "ids", {})
-        with self._database.write() as session:
-            embeddings.store(session, encoder_tag, vectors, asked)
-        for name in vectors:
-            asked.pop(name, None)

@@ -10,16 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import delete, func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy.orm import Session, aliased
 
 from loraretriever.errors import AdapterNotFoundError
 from loraretriever.pool.admission import Admission
+from loraretriever.pool.names import own_name, public_name
 from loraretriever.pool.schema import AdapterRow, PoolRow, SampleRow
 from loraretriever.types import Adapter, BaseModelSpec, Sample
 
 T = TypeVar("T")
 _BATCH = 500  # names or ids in one query
+_LONGEST_NAME = 256  # that is compared with others
 
 
 def batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
@@ -59,19 +61,67 @@ def current_row(session: Session, name: str) -> AdapterRow | None:
     return session.scalar(select(AdapterRow).where(AdapterRow.name == name, AdapterRow.current))
 
 
-def find_row(session: Session, name: str) -> AdapterRow:
-    """The current revision of an adapter that must be there.
+def visible(view: str | None) -> ColumnElement[bool]:
+    """Which rows are current revisions that a view has: see `PoolView`."""
+    if view is None:
+        return AdapterRow.current.is_(True)
+    # Not by the index of tenants: where a query gives names too, it should find them by the names' index.
+    owner = func.coalesce(AdapterRow.tenant, "")
+    if not view:
+        return AdapterRow.current & (owner == "")
+    own = aliased(AdapterRow)
+    start = len(view) + 1
+    is_qualified = (own.tenant == view) & (func.substr(own.name, 1, start) == f"{view}:")
+    hidden = select(func.substr(own.name, start + 1)).where(own.current, is_qualified)
+    return AdapterRow.current & owner.in_(["", view]) & AdapterRow.name.not_in(hidden)
+
+
+def find_row(session: Session, name: str, view: str | None = None) -> AdapterRow:
+    """The current revision of an adapter that must be there, by its name in the pool.
 
     Raises:
-        AdapterNotFoundError: there is none of that name; the message gives names like it.
+        AdapterNotFoundError: the view has none of that name; the message gives names like it that it has.
     """
-    row = current_row(session, name)
-    if row is None:
-        names = session.scalars(select(AdapterRow.name).where(AdapterRow.current)).all()
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the pool has {len(names)} adapters."
-        raise AdapterNotFoundError(f"no adapter {name!r} in the pool: {hint} See all with: loraretriever pool list")
+    row = _row_for(session, name, view)
+    if row is None or row.name != name:
+        raise _not_found(name, _visible_names(session, view), view)
     return row
+
+
+def find_public_row(session: Session, public: str, view: str | None) -> AdapterRow:
+    """The current revision of the adapter that a view knows by this name; see `PoolReader.find`.
+
+    Raises:
+        AdapterNotFoundError: there is none; the message gives names like it that the view knows.
+    """
+    if view is None:
+        return find_row(session, public)
+    row = _row_for(session, public, view) if own_name(public) == public else None
+    if row is None:
+        raise _not_found(public, [public_name(each, view) for each in _visible_names(session, view)], view)
+    return row
+
+
+def _row_for(session: Session, name: str, view: str | None) -> AdapterRow | None:
+    """The current revision of this name, or of the view's tenant's own adapter that hides it."""
+    names = [f"{view}:{name}", name] if view else [name]
+    found = session.scalars(select(AdapterRow).where(AdapterRow.name.in_(names), AdapterRow.current))
+    rows = {row.name: row for row in found if view is None or row.tenant in (None, view or None)}
+    return next((rows[each] for each in names if each in rows), None)
+
+
+def _visible_names(session: Session, view: str | None) -> Sequence[str]:
+    return session.scalars(select(AdapterRow.name).where(visible(view))).all()
+
+
+def _not_found(name: str, names: Sequence[str], view: str | None) -> AdapterNotFoundError:
+    close = difflib.get_close_matches(name, names, n=3) if len(name) <= _LONGEST_NAME else []
+    if view is None:
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the pool has {len(names)} adapters."
+        hint += " See all with: loraretriever pool list"
+    else:
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {len(names)} to choose from."
+    return AdapterNotFoundError(f"no adapter {name!r:.300} in the pool: {hint}")
 
 
 def revision_row(session: Session, name: str, digest: str) -> AdapterRow | None:
@@ -80,9 +130,10 @@ def revision_row(session: Session, name: str, digest: str) -> AdapterRow | None:
     return session.scalars(query.order_by(AdapterRow.revision.desc())).first()
 
 
-def current_rows(session: Session) -> Sequence[AdapterRow]:
-    """The current revision of every adapter, by name."""
-    return session.scalars(select(AdapterRow).where(AdapterRow.current).order_by(AdapterRow.name)).all()
+def current_rows(session: Session, view: str | None = None, enabled_only: bool = False) -> Sequence[AdapterRow]:
+    """The current revision of every adapter that a view has, by name."""
+    query = select(AdapterRow).where(visible(view)).order_by(AdapterRow.name)
+    return session.scalars(query.where(AdapterRow.enabled) if enabled_only else query).all()
 
 
 def insert_revision(
@@ -131,13 +182,9 @@ def insert_revision(
     return row
 
 
-def delete_adapter(session: Session, name: str) -> set[str]:
-    """Delete all revisions of an adapter, with samples and embeddings; returns the digests that no row names now."""
-    digests = set(session.scalars(select(AdapterRow.digest).where(AdapterRow.name == name)))
+def delete_adapter(session: Session, name: str) -> None:
+    """Delete all revisions of an adapter, with samples and embeddings."""
     session.execute(delete(AdapterRow).where(AdapterRow.name == name))
-    for batch in batches(set(digests)):
-        digests -= set(session.scalars(select(AdapterRow.digest).where(AdapterRow.digest.in_(batch))))
-    return digests
 
 
 def samples_of(session: Session, row: AdapterRow) -> list[Sample]:

@@ -7,17 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelLoadError, PoolError
-from loraretriever.pool import adding, plain, records, verify
+from loraretriever.errors import InvalidInputError, ModelLoadError, PoolError
+from loraretriever.pool import adding, content, editing, plain, records, verify
 from loraretriever.pool.adding import AddResult, Candidate
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import file_errors, locked
 from loraretriever.pool.hub import locate
-from loraretriever.pool.layout import absolute_model, check_name, check_tenant, created_layout, find_layout
+from loraretriever.pool.layout import absolute_model, check_owner, created_layout, find_layout
+from loraretriever.pool.names import check_name, own_name
 from loraretriever.pool.prompts import PromptMethods
 from loraretriever.pool.samples import given_samples, printable, read_samples
-from loraretriever.pool.weights import DEFAULT_MAX_BYTES, WEIGHTS_FILE, load_weights
+from loraretriever.pool.weights import DEFAULT_MAX_BYTES
 from loraretriever.types import Adapter, AdapterWeights, BaseModelSpec
 
 Problems = list[str]  # inside the class, `list` is its method
@@ -27,7 +28,8 @@ class Pool(PromptMethods):
     """The adapters of one base model. Threads may share a pool; processes each open it.
 
     `base_model` is the name of the base model. `problems` tells, for a plain folder, which of its folders were left
-    out, and why.
+    out, and why. `keys` and `jobs` are for servers. `grace_seconds`: how long what this process removes can still be
+    loaded, by requests of any process that came before.
     """
 
     @classmethod
@@ -97,6 +99,7 @@ class Pool(PromptMethods):
         tags: Iterable[str] = (),
         tenant: str | None = None,
         revision: str | None = None,
+        label: str | None = None,
         allow_base_mismatch: bool = False,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> AddResult:
@@ -113,6 +116,7 @@ class Pool(PromptMethods):
             tags: words to group adapters by.
             tenant: whom it belongs to. None: as before; the empty string: nobody. A plain folder has no tenants.
             revision: a branch, tag or commit on the hub.
+            label: what is recorded as its source; None: where it was read from.
             allow_base_mismatch: accept an adapter that names another base model.
             max_bytes: the largest weights file to accept.
 
@@ -131,33 +135,55 @@ class Pool(PromptMethods):
         given = given_samples(samples) if samples is not None else None
         if samples_file is not None:
             given = read_samples(Path(samples_file))
-        folder, label, default_name = locate(source, revision, max_bytes)
+        folder, found_at, default_name = locate(source, revision, max_bytes)
+        name = name if name is not None else default_name
         candidate = Candidate(
-            name=check_name(name if name is not None else default_name),
+            name=check_name(name, self._owner(name) if tenant is None else tenant),
             folder=folder,
-            source=printable(label),
+            source=printable(label or found_at),
             samples=given,
             description=printable(description).strip(),
             tags=tuple(dict.fromkeys(map(printable, tags))),
-            tenant=check_tenant(tenant, self._layout),
+            tenant=check_owner(tenant, self._layout),
             allow_base_mismatch=allow_base_mismatch,
             max_bytes=max_bytes,
         )
-        with file_errors(f"add {label}"):
+        with file_errors(f"add {label or found_at}"):
             return adding.add(self._layout, self._database, self.base_model, self._spec(), candidate)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter with all its revisions. A plain folder keeps its files in `.loraretriever/removed`."""
+        """Remove an adapter with all its revisions.
+
+        Its content stays for `grace_seconds`, and is deleted by an `add` or a `remove` after them. A plain folder
+        keeps its files in `.loraretriever/removed`.
+        """
         self._check_takes_adapters()
         with file_errors(f"remove {name!r}"), locked(self._layout.state):
             with self._database.write() as session:
                 records.find_row(session, name)
+                count_change(session, name)
                 if self._layout.plain:
                     plain.take_out(self._layout, name)
-                unused = records.delete_adapter(session, name)
-                count_change(session, name)
-            if not self._layout.plain:
-                adding.discard_content(self._layout, unused)
+                else:
+                    content.retire(session, name, self.grace_seconds)
+                records.delete_adapter(session, name)
+                unused = content.expired(session)
+            content.delete_content(self._layout, unused)
+
+    def update(self, name: str, *, description: str | None = None, tags: Iterable[str] | None = None) -> Adapter:
+        """Describe an adapter anew; what is None stays. Samples that came from its description change with it.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+            InvalidInputError: the description cannot be used.
+            PoolError: the pool cannot be written.
+        """
+        new = None if description is None else printable(description).strip()
+        words = None if tags is None else tuple(dict.fromkeys(map(printable, tags)))
+        with self._editing(f"change {name!r}") as session:
+            row = editing.update_details(session, self._layout, name, new, words)
+            session.flush()
+            return records.to_adapters(session, [row], self._layout.root)[0]
 
     def set_enabled(self, name: str, enabled: bool) -> None:
         """Let an adapter be retrieved, or not."""
@@ -167,49 +193,21 @@ class Pool(PromptMethods):
                 row.enabled = enabled
                 count_change(session, name)
 
-    def list(self, enabled_only: bool = False) -> list[Adapter]:
-        """All adapters, by name."""
-        with self._database.read() as session:
-            rows = [row for row in records.current_rows(session) if row.enabled or not enabled_only]
-            return records.to_adapters(session, rows, self._layout.root)
-
-    def get(self, name: str) -> Adapter:
-        """One adapter.
-
-        Raises:
-            AdapterNotFoundError: there is none of that name; the message gives names like it.
-        """
-        with self._database.read() as session:
-            return records.to_adapters(session, [records.find_row(session, name)], self._layout.root)[0]
-
     def weights(self, name: str, digest: str | None = None) -> AdapterWeights:
         """An adapter's weights: CPU tensors mapped from its file, in the dtype they are stored in.
 
         Args:
             name: the adapter.
-            digest: the revision to load, by its content; it need not be the current one. None: the current one.
+            digest: the revision to load, by its content; it need not be the current one, and the adapter may have
+                been removed less than `grace_seconds` ago. None: the current one.
 
         Raises:
             AdapterNotFoundError: there is none of that name, or that revision's files are no longer there.
             PoolError: the files cannot be read.
         """
-        with self._database.read() as session:
-            row = records.find_row(session, name) if digest is None else records.revision_row(session, name, digest)
-            session.expunge_all()
-        gone = AdapterNotFoundError(
-            f"adapter {name!r} was revised or removed meanwhile: its content {digest} is no longer in the pool. "
-            "Ask again, for the pool as it is now."
-        )
-        if row is None:
-            raise gone
-        folder = self._layout.root / row.folder
-        if digest is not None and not (folder / WEIGHTS_FILE).exists():
-            raise gone
-        if row.stamp is not None and plain.changed_weights(row.stamp, folder):
-            if digest is not None:
-                raise gone
-            raise PoolError(f"the files of adapter {name!r} in {folder} have changed. Open the pool again.")
-        return load_weights(folder, name, row.digest)
+        if digest is None:
+            return content.load_current(self._layout, self._database, name)
+        return content.load_revision(self._layout, self._database, name, digest)
 
     def verify(self) -> Problems:
         """Look at everything in the pool; returns what is wrong, in words, or nothing."""
@@ -234,6 +232,14 @@ class Pool(PromptMethods):
         well is remembered. With another one, all are, and nothing is stored.
         """
         return verify.check_shapes(self._layout, self._database, spec)
+
+    def _owner(self, name: str) -> str | None:
+        """Whom an adapter belongs to that there is already."""
+        if own_name(name) == name:
+            return None
+        with self._database.read() as session:
+            row = records.current_row(session, name)
+            return row.tenant if row else None
 
     def _spec(self) -> BaseModelSpec | None:
         """The base model's modules; None where they cannot be had and the pool does without."""

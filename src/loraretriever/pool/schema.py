@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     LargeBinary,
@@ -41,13 +42,17 @@ class PoolRow(Base):
 
 
 class ChangeRow(Base):
-    """An adapter that a change touched. A change that touched none has one row, without a name."""
+    """An adapter that a change touched. A change that touched none has one row, without a name.
+
+    `tenant`: the only one that need know of it. An adapter that was given to another tenant has a row for each.
+    """
 
     __tablename__ = "changes"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     change: Mapped[int] = mapped_column(index=True)
-    adapter: Mapped[str | None] = mapped_column(String(128))
+    adapter: Mapped[str | None] = mapped_column(String(256))
+    tenant: Mapped[str | None] = mapped_column(String(128))
 
 
 class AdapterRow(Base):
@@ -63,11 +68,12 @@ class AdapterRow(Base):
             sqlite_where=text("current"),
         ),
         Index("adapters_by_digest", "digest"),
+        Index("adapters_by_tenant", "tenant"),
         {"sqlite_autoincrement": True},
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(128))
+    name: Mapped[str] = mapped_column(String(256))
     revision: Mapped[int]
     current: Mapped[bool]
     digest: Mapped[str] = mapped_column(String(64))
@@ -134,7 +140,57 @@ class FeedbackRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     prompt: Mapped[str] = mapped_column(Text)
-    right: Mapped[str | None] = mapped_column(String(128))
-    wrong: Mapped[str | None] = mapped_column(String(128))
+    right: Mapped[str | None] = mapped_column(String(256))
+    wrong: Mapped[str | None] = mapped_column(String(256))
     state: Mapped[str] = mapped_column(String(16), index=True)
     created: Mapped[datetime] = mapped_column(DateTime)  # UTC
+
+
+class RemovedRow(Base):
+    """Content of an adapter that was removed: requests that are under way may still load it until `expires`."""
+
+    __tablename__ = "removed"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(256))
+    digest: Mapped[str] = mapped_column(String(64), index=True)
+    folder: Mapped[str] = mapped_column(Text)  # below the pool's folder
+    expires: Mapped[datetime] = mapped_column(DateTime, index=True)  # UTC
+
+
+class KeyRow(Base):
+    """An API key. The secret itself is not kept. Revoked keys stay: they tell that the server is not open."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    label: Mapped[str] = mapped_column(String(128))
+    secret: Mapped[str] = mapped_column(String(64))  # SHA-256, in hexadecimal
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    tenant: Mapped[str | None] = mapped_column(String(128))
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC, as are the other times
+    expires: Mapped[datetime | None] = mapped_column(DateTime)
+    revoked: Mapped[datetime | None] = mapped_column(DateTime)
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    max_tokens: Mapped[int | None]
+
+
+class JobRow(Base):
+    """Work that goes on after its request was answered. `heartbeat`: when its process last told that it lives."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    tenant: Mapped[str | None] = mapped_column(String(128))
+    subject: Mapped[str] = mapped_column(String(256))
+    state: Mapped[str] = mapped_column(String(16))
+    progress: Mapped[float] = mapped_column(Float)
+    message: Mapped[str] = mapped_column(Text)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[str | None] = mapped_column(Text)
+    code: Mapped[str | None] = mapped_column(String(64))
+    created: Mapped[datetime] = mapped_column(DateTime, index=True)  # UTC, as are the other times
+    updated: Mapped[datetime] = mapped_column(DateTime)
+    heartbeat: Mapped[datetime] = mapped_column(DateTime)

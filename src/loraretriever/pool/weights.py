@@ -105,6 +105,15 @@ def digest_of(config: PeftConfig, weights_file: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_in(folder: Path) -> str | None:
+    """The digest of the files in a folder; None where they are missing or damaged."""
+    try:
+        config, weights = find_files(folder)
+        return digest_of(read_config(config), weights)
+    except (AdmissionError, OSError):
+        return None
+
+
 def load_weights(folder: Path, name: str, digest: str) -> AdapterWeights:
     """All factors of an admitted adapter as CPU tensors, mapped from its file, in the dtype they are stored in.
 

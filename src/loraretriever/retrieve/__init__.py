@@ -5,8 +5,11 @@ from loraretriever.retrieve.encoder import Encoder, SentenceEncoder
 from loraretriever.retrieve.explain import Explanation
 from loraretriever.retrieve.hybrid import HybridRetriever
 from loraretriever.retrieve.index import MeanIndex
+from loraretriever.retrieve.map import PoolMap
 from loraretriever.retrieve.model import Parts
+from loraretriever.retrieve.reader import Reader
 from loraretriever.retrieve.retriever import ExplainingRetriever, PaperRetriever, Retriever
+from loraretriever.retrieve.views import Views
 
 __all__ = [
     "CachingEncoder",
@@ -17,7 +20,10 @@ __all__ = [
     "MeanIndex",
     "PaperRetriever",
     "Parts",
+    "PoolMap",
     "QueueEncoder",
+    "Reader",
     "Retriever",
     "SentenceEncoder",
+    "Views",
 ]

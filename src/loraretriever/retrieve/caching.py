@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
-from loraretriever.retrieve.encoder import Encoder, Vectors
+from loraretriever.openmp import release_workers
+from loraretriever.retrieve.encoder import Encoder, Vectors, count_tokens
 
 
 class CachingEncoder:
@@ -25,7 +26,7 @@ class CachingEncoder:
         """
         if size < 1:
             raise InvalidInputError(f"the cache's size is {size}; expected a whole number of at least 1.")
-        self._encoder = encoder
+        self.encoder = encoder
         self._size = size
         self._lock = threading.Lock()
         self._vectors: OrderedDict[bytes, Vectors] = OrderedDict()
@@ -33,21 +34,25 @@ class CachingEncoder:
     @property
     def tag(self) -> str:
         """The wrapped encoder's."""
-        return self._encoder.tag
+        return self.encoder.tag
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Shape: (len(texts), dimension), rows of length 1. The caller owns them."""
         if not texts:
-            return self._encoder.encode(texts)
+            return self.encoder.encode(texts)
         keys = [_hash(text) for text in texts]
         found = self._known(keys)
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
         if missing:
-            rows = self._encoder.encode(list(missing.values()))
+            rows = self.encoder.encode(list(missing.values()))
             new = {key: row.copy() for key, row in zip(missing, rows, strict=True)}
             self._remember(new)
             found |= new
         return np.stack([found[key] for key in keys])
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """The wrapped encoder's."""
+        return count_tokens(self.encoder, texts)
 
     def _known(self, keys: Sequence[bytes]) -> dict[bytes, Vectors]:
         with self._lock:
@@ -88,7 +93,8 @@ class QueueEncoder:
     """Encodes the texts of calls that come at the same time together.
 
     There is no thread and no waiting for more calls: whoever finds the model free encodes what waits, for all, in
-    the order in which it came. While it does, the next batch gathers.
+    the order in which it came. While it does, the next batch gathers. A thread that has encoded gives its OpenMP
+    workers back: with a server's many threads they would outnumber the processors.
     """
 
     def __init__(self, encoder: Encoder, max_batch: int = 32) -> None:
@@ -130,6 +136,10 @@ class QueueEncoder:
             self._withdraw(call)
         return call.result()
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """The wrapped encoder's."""
+        return count_tokens(self._encoder, texts)
+
     def _wait_or_work(self, call: _Call) -> None:
         with self._changed:
             self._changed.wait_for(lambda: call.done or not self._busy)
@@ -165,6 +175,7 @@ class QueueEncoder:
         try:
             self._encode_together(batch)
         finally:
+            release_workers()
             with self._changed:
                 for call in batch:
                     call.done = True

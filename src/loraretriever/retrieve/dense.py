@@ -69,6 +69,11 @@ class DenseModel:
         self.excess = max(shrunk / freedom, 0.0) if freedom else float(dimension)  # t
         self._basis = (self._whiten @ _main_directions(self.means @ self._whiten)).astype(np.float32)
 
+    @property
+    def dimension(self) -> int:
+        """Of the space that is searched, without the coordinate that `place` adds."""
+        return int(self._basis.shape[1])
+
     def project(self, vectors: Vectors | Floats) -> Vectors:
         """Prompts, into the space where squared distances are searched. Shape: (n, d) -> (n, reduced + 1)."""
         points = np.zeros((len(vectors), self._basis.shape[1] + 1), dtype=np.float32)

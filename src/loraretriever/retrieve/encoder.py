@@ -48,6 +48,12 @@ class Encoder(Protocol):
         ...
 
 
+def count_tokens(encoder: Encoder, texts: Sequence[str]) -> int:
+    """How many tokens an encoder reads of texts; where it cannot tell, how many words there are."""
+    count = getattr(encoder, "count_tokens", None)
+    return int(count(texts)) if count is not None else sum(len(text.split()) for text in texts)
+
+
 class SentenceEncoder:
     """A sentence-transformers model that reads `instruction + text`, of long texts the first and the last tokens.
 
@@ -128,12 +134,21 @@ class SentenceEncoder:
         """Shape: (len(texts), dimension), rows of length 1 (of length 0 where a static model knows no token)."""
         if not texts:
             return np.empty((0, self._dimension()), dtype=np.float32)
-        prefix = (_prompt(self._model) if self._window else "") + self._instruction
-        cut = [encodable(cut_characters(prefix + text, self._size)) for text in texts]
+        cut = self._cut(texts)
         vectors = self._encode_tokens(self._window.read(cut)) if self._window else self._encode_texts(cut)
         if self._layers == "last":
             vectors = vectors[:, : self._model.truncate_dim]
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12), dtype=np.float32)
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens `encode` reads of the texts; words, where the model has no tokenizer that we know."""
+        cut = self._cut(texts)
+        return sum(map(len, self._window.read(cut) if self._window else map(str.split, cut)))
+
+    def _cut(self, texts: Sequence[str]) -> list[str]:
+        """With the instruction, and without the middle of what is far too long."""
+        prefix = (_prompt(self._model) if self._window else "") + self._instruction
+        return [encodable(cut_characters(prefix + text, self._size)) for text in texts]
 
     def _encode_texts(self, texts: list[str]) -> Vectors:
         """By the model's own way. Shape: (len(texts), dimension)."""

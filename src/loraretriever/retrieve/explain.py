@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraretriever.pool import Pool
 from loraretriever.retrieve import sparse
 from loraretriever.retrieve.encoder import Vectors
+from loraretriever.retrieve.reader import Reader
 from loraretriever.retrieve.snapshot import Ranked, Snapshot
 
 _SAMPLES, _TERMS = 3, 8
@@ -62,7 +62,14 @@ class Explanation:
 
 
 def explain(
-    prompt: str, vector: Vectors, found: Ranked, k: int, threshold: float, snapshot: Snapshot, pool: Pool, tag: str
+    prompt: str,
+    vector: Vectors,
+    found: Ranked,
+    k: int,
+    threshold: float,
+    snapshot: Snapshot,
+    pool: Reader,
+    tag: str,
 ) -> Explanation:
     """Explain the k best of what was found. Shape: vector (d,), of `found.text`, of length 1."""
     names = found.names[:k]

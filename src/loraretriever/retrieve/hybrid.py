@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
-from loraretriever.pool import Pool
-from loraretriever.retrieve.encoder import Encoder
+from loraretriever.retrieve.caching import CachingEncoder
+from loraretriever.retrieve.encoder import Encoder, Vectors, count_tokens
 from loraretriever.retrieve.explain import Explanation, explain
-from loraretriever.retrieve.following import check_names, check_request, embed_missing
-from loraretriever.retrieve.model import Member, Parts
-from loraretriever.retrieve.snapshot import Ranked, Snapshot
-from loraretriever.types import AdapterFilter, Hit, PoolEntry, Ranking
+from loraretriever.retrieve.follower import Follower, Shared, State
+from loraretriever.retrieve.following import check_names, check_request, check_texts
+from loraretriever.retrieve.map import Plane, PoolMap
+from loraretriever.retrieve.model import Parts
+from loraretriever.retrieve.reader import Reader
+from loraretriever.retrieve.snapshot import Ranked
+from loraretriever.tracing import span
+from loraretriever.types import AdapterFilter, Hit, Ranking
 
-_PORTION = 500  # adapters read from the pool at once
 _LONG, _ENDS = 3000, (160, 320)  # characters
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _State:
-    """What a call works with from beginning to end. `change` is the pool's when it was read."""
-
-    encoder: Encoder
-    encoder_name: str | None
-    change: int
-    members: dict[str, Member]
-    snapshot: Snapshot
-    is_learnt: bool  # from exactly these members
 
 
 class HybridRetriever:
     """Ranks adapters by whitened means of embeddings and by TF-IDF, and says how probable each is.
 
-    Follows the pool. A change is in force at the next call: what was added is described by the model learnt before.
-    Then a thread learns anew from all adapters, and its result replaces the old one at once.
+    Follows the pool: see `Follower`. Any number of threads may call it.
     """
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Reader,
         load_encoder: Callable[[str | None], Encoder],
         parts: Parts = Parts(),  # noqa: B008 - frozen
         false_fallback: float = 0.01,
         drift: float = 0.07,
         index_folder: Path | None = None,
+        remembered: int = 0,
     ) -> None:
         """Nothing is loaded before the first call.
 
@@ -57,16 +48,29 @@ class HybridRetriever:
             false_fallback: the share of prompts that have an adapter, which may be left to the base model.
             drift: how much lower the cosines of prompts in words of their own are than those of the samples.
             index_folder: where the index over many adapters is kept; None: it is built anew.
+            remembered: of how many prompts, the most recent ones, the vectors are kept.
         """
-        self._pool = pool
-        self._load_encoder = load_encoder
-        self._parts = parts
+        self._follower = Follower(pool, Shared(load_encoder), parts, index_folder)
         self._rates = false_fallback, drift
-        self._index_folder = index_folder
-        self._lock = threading.Lock()  # over reading the pool and replacing the state
-        self._state: _State | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._remembered = remembered
+        self._cache: CachingEncoder | None = None
+        self._plane: tuple[State, Plane] | None = None
+
+    def for_view(self, pool: Reader) -> Self:
+        """One for a view of the pool that may see whatever this one sees; it learns from what that view sees only.
+
+        The encoder is the same. Which prompts it was asked remains its own.
+        """
+        other = self.for_caller()
+        other._follower = self._follower.for_view(pool)
+        other._plane = None
+        return other
+
+    def for_caller(self) -> Self:
+        """One that knows what this one knows of the pool, but remembers prompts of its own."""
+        other = copy.copy(self)
+        other._cache = None
+        return other
 
     def rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter = AdapterFilter()) -> list[Ranking]:  # noqa: B008
         """For each prompt its k most probable adapters, best first.
@@ -83,22 +87,36 @@ class HybridRetriever:
         """Why each prompt's k best adapters were found."""
         state, found = self._rank(prompts, k, wanted)
         threshold = state.snapshot.threshold(*self._rates)
-        vectors = state.encoder.encode([each.text for each in found])
+        vectors = self._encode(state, [each.text for each in found])
         return [
-            explain(prompt, vector, each, k, threshold, state.snapshot, self._pool, state.encoder.tag)
+            explain(prompt, vector, each, k, threshold, state.snapshot, self._follower.pool, state.encoder.tag)
             for prompt, vector, each in zip(prompts, vectors, found, strict=True)
         ]
 
-    def _rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter) -> tuple[_State, list[Ranked]]:
-        check_request(prompts, k)
-        state = self._current()
-        check_names(self._pool, {*wanted.exclude, *(wanted.only or ())}, state.members.keys())
-        if not prompts:
-            return state, []
-        views = [view for prompt in prompts for view in _views(prompt)]
-        found = iter(state.snapshot.rank(state.encoder.encode(views), views, wanted))
-        # Python's max keeps the first of equals: the whole prompt.
-        return state, [max((next(found) for _ in _views(prompt)), key=lambda each: each.fit) for prompt in prompts]
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """The texts' vectors, as prompts are read. Shape: (len(texts), dimension), rows of length 1.
+
+        Raises:
+            InvalidInputError: a text is empty.
+        """
+        check_texts(texts)
+        return self._encode(self._follower.current(), texts)
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens `encode` reads of the texts together."""
+        return count_tokens(self._follower.current().encoder, texts)
+
+    def map(self, prompts: Sequence[str] = ()) -> PoolMap:
+        """Adapters, some of their samples and these prompts in two dimensions.
+
+        Raises:
+            InvalidInputError: a prompt is empty.
+        """
+        check_texts(prompts)
+        state, kept = self._follower.current(), self._plane
+        if kept is None or kept[0].snapshot is not state.snapshot:
+            kept = self._plane = state, Plane(state.snapshot, state.members)
+        return kept[1].map(self._encode(state, prompts) if prompts else None)
 
     def settle(self) -> None:
         """Wait until what is learnt is learnt from the pool as it is now.
@@ -106,108 +124,34 @@ class HybridRetriever:
         Raises:
             LoraRetrieverError: a new encoder cannot be used, or the pool cannot be read.
         """
-        while True:
-            self._current()
-            with self._lock:
-                failure, self._failure = self._failure, None
-                if failure is None:
-                    self._begin_learning()
-                thread = self._thread
-            if failure is not None:
-                raise failure
-            if thread is None:
-                return
-            thread.join()
+        self._follower.settle()
 
-    def _current(self) -> _State:
-        """The state for the pool as it is now; what must be learnt for it is begun."""
-        state = self._state
-        if state is not None and state.change == self._pool.change:
-            return state
-        with self._lock:
-            if self._state is None:
-                name = self._pool.encoder
-                self._state = self._read_all(self._load_encoder(name), name)
-            else:
-                self._state = self._follow(self._state)
-            self._begin_learning()
-            return self._state
+    def _rank(self, prompts: Sequence[str], k: int, wanted: AdapterFilter) -> tuple[State, list[Ranked]]:
+        check_request(prompts, k)
+        state = self._follower.current()
+        check_names(self._follower.pool, {*wanted.exclude, *(wanted.only or ())}, state.members.keys())
+        if not prompts:
+            return state, []
+        pieces = [piece for prompt in prompts for piece in _pieces(prompt)]
+        vectors = self._encode(state, pieces)
+        with span("search", prompts=len(prompts), adapters=len(state.members)):
+            found = iter(state.snapshot.rank(vectors, pieces, wanted))
+            # Python's max keeps the first of equals: the whole prompt.
+            best = [max((next(found) for _ in _pieces(prompt)), key=lambda each: each.fit) for prompt in prompts]
+        return state, best
 
-    def _begin_learning(self) -> None:
-        """In a thread, unless one is at work or all is learnt; the lock is held. What failed before is tried again."""
-        if self._thread is not None or self._state is None:
-            return
-        self._failure = None
-        if not self._is_settled(self._state):
-            self._thread = threading.Thread(target=self._learn, name="loraretriever-learning", daemon=True)
-            self._thread.start()
-
-    def _is_settled(self, state: _State) -> bool:
-        return state.is_learnt and state.encoder_name == self._pool.encoder
-
-    def _read_all(self, encoder: Encoder, name: str | None) -> _State:
-        change = self._pool.change  # first: what changes while this reads is read again at the next call
-        embed_missing(self._pool, encoder)
-        names = [adapter.name for adapter in self._pool.list(enabled_only=True)]
-        members: dict[str, Member] = {}
-        for start in range(0, len(names), _PORTION):
-            _, entries = self._pool.entries(encoder.tag, names[start : start + _PORTION])
-            members |= {each.name: Member.of(each) for each in entries.values() if _is_embedded(each)}
-        return _State(encoder, name, change, members, self._learnt(members), True)
-
-    def _follow(self, state: _State) -> _State:
-        """The state after what changed in the pool since."""
-        change = self._pool.change
-        names = self._pool.changes_since(state.change)
-        if names is None:
-            return self._read_all(state.encoder, state.encoder_name)
-        embed_missing(self._pool, state.encoder, names)
-        _, entries = self._pool.entries(state.encoder.tag, names)
-        new = {name: Member.of(entry) for name, entry in entries.items() if _is_embedded(entry)}
-        gone = names & state.members.keys() - entries.keys()
-        if not new and not gone:
-            return replace(state, change=change)
-        members = {name: member for name, member in state.members.items() if name not in gone} | new
-        snapshot = state.snapshot.changed(new, gone)
-        is_learnt = snapshot is None
-        snapshot = snapshot or self._learnt(members)
-        return replace(state, change=change, members=members, snapshot=snapshot, is_learnt=is_learnt)
-
-    def _learnt(self, members: Mapping[str, Member]) -> Snapshot:
-        return Snapshot.learnt(list(members.values()), self._parts, self._index_folder)
-
-    def _learn(self) -> None:
-        """In a thread of its own, until there is nothing left to learn."""
-        while True:
-            state = self._state
-            assert state is not None
-            try:
-                learnt = self._learnt_from(state)
-                with self._lock:
-                    if self._state is state:
-                        self._state = learnt
-                    if self._state is not None and self._is_settled(self._state):
-                        self._thread = None
-                        return
-            except Exception as error:  # told to whoever waits in `settle`; the state in force stays in force
-                with self._lock:
-                    self._failure, self._thread = error, None
-                return
-
-    def _learnt_from(self, state: _State) -> _State:
-        name = self._pool.encoder
-        if name != state.encoder_name:
-            return self._read_all(self._load_encoder(name), name)
-        snapshot = self._learnt(state.members)
-        return replace(state, snapshot=snapshot, is_learnt=True)
+    def _encode(self, state: State, texts: Sequence[str]) -> Vectors:
+        encoder = state.encoder
+        if self._remembered:
+            cache = self._cache
+            if cache is None or cache.encoder is not encoder:  # the pool's encoder is another one now
+                self._cache = cache = CachingEncoder(encoder, self._remembered)
+            encoder = cache
+        with span("encode", texts=len(texts)):
+            return encoder.encode(texts)
 
 
-def _is_embedded(entry: PoolEntry) -> bool:
-    """Whether all samples and counter samples have a vector; some may have come since vectors were last made."""
-    return entry.vectors is not None and entry.counter_vectors is not None
-
-
-def _views(prompt: str) -> tuple[str, ...]:
+def _pieces(prompt: str) -> tuple[str, ...]:
     """What is read of a prompt: all of it, and of a very long one pieces of its beginning and end by themselves too.
 
     Much of a long prompt may be a document, and the question stand before or after it.

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from loraretriever.config import DEFAULT_ENCODER, PAPER_INSTRUCTION, Settings
 from loraretriever.errors import InvalidInputError
-from loraretriever.pool import Pool
-from loraretriever.retrieve.caching import CachingEncoder
+from loraretriever.retrieve.caching import QueueEncoder
 from loraretriever.retrieve.encoder import Encoder, SentenceEncoder
 from loraretriever.retrieve.hybrid import HybridRetriever
 from loraretriever.retrieve.model import Parts
+from loraretriever.retrieve.reader import Reader
 from loraretriever.retrieve.retriever import PaperRetriever, Retriever
 
 TRAINING_RECORD = "loraretriever.json"  # beside an encoder that `train-retriever` made
 PAPER = "paper"
+_REMEMBERED = 1024  # prompts of each view; 4.6 KB each with MiniLM
 PARTS = {
     "hybrid": Parts(),
     "dense": Parts(sparse=False),
@@ -25,7 +26,7 @@ PARTS = {
 }
 
 
-def load_retriever(pool: Pool, settings: Settings) -> Retriever:
+def load_retriever(pool: Reader, settings: Settings) -> Retriever:
     """The retriever of that name; the encoder is loaded at its first call, or now for the paper's formula.
 
     Raises:
@@ -33,18 +34,18 @@ def load_retriever(pool: Pool, settings: Settings) -> Retriever:
         ModelLoadError: the encoder cannot be loaded.
     """
     if settings.retriever == PAPER:
-        return PaperRetriever(pool, paper_encoder(settings.encoder or pool.encoder, settings))
+        return PaperRetriever(pool, QueueEncoder(paper_encoder(settings.encoder or pool.encoder, settings)))
     if settings.retriever not in PARTS:
         raise InvalidInputError(
             f"unknown retriever {settings.retriever!r}; expected one of {', '.join([*PARTS, PAPER])}."
         )
 
     def load(pool_encoder: str | None) -> Encoder:
-        return CachingEncoder(hybrid_encoder(settings.encoder or pool_encoder, settings))
+        return QueueEncoder(hybrid_encoder(settings.encoder or pool_encoder, settings))
 
     parts = PARTS[settings.retriever]
     folder = pool.state_folder / "index"
-    return HybridRetriever(pool, load, parts, settings.false_fallback, settings.drift, folder)
+    return HybridRetriever(pool, load, parts, settings.false_fallback, settings.drift, folder, _REMEMBERED)
 
 
 def hybrid_encoder(name: str | None, settings: Settings) -> Encoder:

@@ -63,6 +63,18 @@ class Member:
             sparse.count_terms(entry.counter_texts),
         )
 
+    def equals(self, other: Member | None) -> bool:
+        """Whether nothing differs: then nothing else can be learnt from it."""
+        return (
+            other is not None
+            and (self.name, self.tags, self.tenant, self.base_model)
+            == (other.name, other.tags, other.tenant, other.base_model)
+            and np.array_equal(self.vectors, other.vectors)
+            and np.array_equal(self.counter_vectors, other.counter_vectors)
+            and sparse.equal(self.terms, other.terms)
+            and sparse.equal(self.counter_terms, other.counter_terms)
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:

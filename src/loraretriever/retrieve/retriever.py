@@ -6,11 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from loraretriever.pool import Pool
-from loraretriever.retrieve.encoder import Encoder
+from loraretriever.retrieve.encoder import Encoder, Vectors, count_tokens
 from loraretriever.retrieve.explain import Explanation
-from loraretriever.retrieve.following import check_names, check_request, embed_missing
+from loraretriever.retrieve.following import check_names, check_request, check_texts, embed_missing
 from loraretriever.retrieve.index import MeanIndex
+from loraretriever.retrieve.reader import Reader
+from loraretriever.tracing import span
 from loraretriever.types import AdapterFilter, Hit, PoolEntry, Ranking
 
 ALL = AdapterFilter()
@@ -41,7 +42,7 @@ class PaperRetriever:
     this encoder yet, stores those in the pool, and builds a new index.
     """
 
-    def __init__(self, pool: Pool, encoder: Encoder) -> None:
+    def __init__(self, pool: Reader, encoder: Encoder) -> None:
         self._pool = pool
         self._encoder = encoder
         self._lock = threading.Lock()
@@ -64,7 +65,10 @@ class PaperRetriever:
         only = wanted.only
         if wanted.tags or wanted.tenant is not None or wanted.base_model is not None:
             only = frozenset(name for name in wanted.only or entries if _passes(entries.get(name), wanted))
-        found = index.search(self._encoder.encode(prompts), k, wanted.exclude, only)
+        with span("encode", texts=len(prompts)):
+            vectors = self._encoder.encode(prompts)
+        with span("search", prompts=len(prompts), adapters=len(entries)):
+            found = index.search(vectors, k, wanted.exclude, only)
         return [
             Ranking(
                 tuple(Hit(hit.adapter, hit.score, hit.score / PAPER_TEMPERATURE) for hit in hits),
@@ -73,6 +77,23 @@ class PaperRetriever:
             )
             for hits in found
         ]
+
+    def for_view(self, pool: Reader) -> PaperRetriever:
+        """One with the same encoder for a view of the pool."""
+        return PaperRetriever(pool, self._encoder)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """The texts' vectors, as prompts are read. Shape: (len(texts), dimension), rows of length 1.
+
+        Raises:
+            InvalidInputError: a text is empty.
+        """
+        check_texts(texts)
+        return self._encoder.encode(texts)
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens `encode` reads of the texts together."""
+        return count_tokens(self._encoder, texts)
 
     def _current(self) -> tuple[MeanIndex, dict[str, PoolEntry]]:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,15 @@ class Snapshot:
                 self._join(texts[position], [(block, block.score(query, allowed)) for block, allowed in blocks])
             )
         return found
+
+    def whiten(self, vectors: NDArray[Any]) -> NDArray[np.float64]:
+        """Into the space that the dense part searches. Shape: (n, d) -> (n, reduced); (n, 0) where nothing is learnt.
+
+        Adapters' vectors may be placed as prompts are: without what `DenseModel.place` adds for few samples.
+        """
+        if self._model is None or not len(vectors):
+            return np.zeros((len(vectors), self._model.dense.dimension if self._model else 0))
+        return self._model.dense.project(vectors)[:, :-1].astype(np.float64)
 
     def term_parts(self, text: str, name: str) -> dict[int, float]:
         """What each term of a text, by its bucket, adds to the sparse part of a member's logit."""

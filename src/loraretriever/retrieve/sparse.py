@@ -53,6 +53,11 @@ def count_terms(texts: Sequence[str]) -> Rows:
     return sparse.csr_array((values, np.array(columns, dtype=np.int32), np.array(ends, dtype=np.int32)), shape)
 
 
+def equal(one: Rows, other: Rows) -> bool:
+    """Whether two of what `count_terms` gave are of the same texts, as far as terms tell."""
+    return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in ("indptr", "indices", "data"))
+
+
 def stack(rows: Iterable[Rows]) -> Rows:
     """The rows of all, below one another."""
     return sparse.csr_array(sparse.vstack(list(rows), format="csr"))

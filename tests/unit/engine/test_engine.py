@@ -100,7 +100,7 @@ def test_an_abort_frees_everything_at_once(engine: LocalEngine) -> None:
         stream.abort()
     assert [stream.result()[0].finish_reason for stream in streams] == ["aborted"] * 4
     assert engine._runner.table.used == 0
-    assert not engine._scheduler.pinned and not engine._sequences
+    assert not engine._steps.scheduler.pinned and not engine._steps.sequences
     assert engine.submit(Request("again", adapter("a1"), Sampling(max_tokens=3))).result()[0].finish_reason == "length"
 
 
@@ -228,7 +228,7 @@ def test_a_prompt_with_tokens_that_the_model_lacks_is_refused(engine: LocalEngin
         def __call__(self, text: str, **options: Any) -> Any:
             return SimpleNamespace(input_ids=[5, 10_000])
 
-    engine._base = BaseModel(base.name, base.model, Larger())
+    engine._intake._tokenizer = Larger()
     with pytest.raises(InvalidInputError, match="token 10000"):
         engine.submit(Request("x"))
 
@@ -316,7 +316,7 @@ def test_many_threads_submit_and_abort(engine: LocalEngine) -> None:
         thread.join(WAIT)
         assert not thread.is_alive()
     assert not wrong
-    assert not engine._sequences and not engine._scheduler.running and not engine._scheduler.waiting
+    assert not engine._steps.sequences and not engine._steps.scheduler.running and not engine._steps.scheduler.waiting
 
 
 def test_a_closed_engine(base: BaseModel, pool: Pool) -> None:
@@ -325,15 +325,17 @@ def test_a_closed_engine(base: BaseModel, pool: Pool) -> None:
     engine.close()
     engine.close()
     assert stream.result()[0].finish_reason == "aborted"
-    with pytest.raises(InvalidInputError, match="closed"):
+    with pytest.raises(OverloadedError, match="stopping"):
         engine.submit(Request("more"))
+    with pytest.raises(OverloadedError, match="stopping"):
+        list(engine.run([Request("more")]))
 
 
 def test_closing_the_iterator_of_run_aborts_the_rest(engine: LocalEngine) -> None:
     results = engine.run([Request(f"{i}", sampling=Sampling(max_tokens=1 + 190 * i)) for i in range(2)])
     assert next(results)[0] == 0
     results.close()
-    assert not engine._sequences
+    assert not engine._steps.sequences
 
 
 def test_an_engine_that_nobody_holds_goes_away(base: BaseModel, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,63 @@ def test_forgotten_prefetches_and_errors_go() -> None:
         assert not store.is_ready(REFS[4]) and store.is_ready(REFS[0])
 
 
+def test_early_loads_come_after_all_others() -> None:
+    loader, ended = Loader(), Ended()
+    with closing(HostStore(loader, 100, on_ready=ended)) as store:
+        with blocked(store, loader, REFS[0]):
+            for ref in REFS[1:5]:
+                store.prefetch(ref, early=True)
+            store.prefetch(REFS[5])
+            store.prefetch(REFS[3])  # needed now
+            store.prefetch(REFS[5], early=True)  # still needed now
+            store.forget(REFS[2])
+        ended.wait(5)
+        assert loader.calls == [REFS[i] for i in (0, 5, 3, 1, 4)]
+
+
+def test_nothing_leaves_for_an_early_load() -> None:
+    loader, ended = Loader(), Ended()
+    with closing(HostStore(loader, 25, on_ready=ended)) as store:
+        for ref in REFS[:2]:
+            store.get(ref)
+        store.prefetch(REFS[2], early=True)
+        with blocked(store, loader, REFS[3]):  # after the early one has been dropped
+            assert not store.is_ready(REFS[2])
+            store.prefetch(REFS[4], early=True)
+        ended.wait(3)
+        assert store.get(REFS[4]).digest == "d4"  # dropped, too, and so it can be had as ever
+    assert REFS[2] not in loader.calls and store.evictions == 2
+
+
+def test_an_early_load_may_be_taken_before_its_turn() -> None:
+    loader, ended = Loader(), Ended()
+    with closing(HostStore(loader, 100, on_ready=ended)) as store:
+        with blocked(store, loader, REFS[0]):
+            store.prefetch(REFS[1], early=True)
+            store.prefetch(REFS[2], early=True)
+            loader.gate.set()
+            assert store.get(REFS[2]).digest == "d2"
+        ended.wait(3)
+        assert sorted(loader.calls, key=REFS.index) == REFS[:3]
+
+
+def test_the_error_of_a_load_under_way_is_forgotten_too() -> None:
+    loader, ended = Loader(), Ended()
+    loader.errors[REFS[0]] = PoolError("damaged")
+    with closing(HostStore(loader, 100, on_ready=ended)) as store:
+        with blocked(store, loader, REFS[0]):
+            store.forget(REFS[0])
+        ended.wait()
+        assert not store.is_ready(REFS[0])
+        with blocked(store, loader, REFS[0]):
+            store.forget(REFS[0])
+            store.prefetch(REFS[0])  # somebody waits again
+        ended.wait()
+        assert store.is_ready(REFS[0])
+        with pytest.raises(PoolError, match="damaged"):
+            store.get(REFS[0])
+
+
 def test_random_use_by_many_threads_stays_in_bounds() -> None:
     under_way: set[AdapterRef] = set()
     twice: list[AdapterRef] = []
@@ -319,7 +376,7 @@ def test_random_use_by_many_threads_stays_in_bounds() -> None:
         def use() -> bool:
             mine = threading.get_ident() % 7
             for i in range(200):
-                store.prefetch(REFS[(mine + 3 * i) % 8])
+                store.prefetch(REFS[(mine + 3 * i) % 8], early=i % 2 == 0)
                 ref = REFS[(mine + i * i) % 8]
                 if store.get(ref).digest != ref.digest:
                     return False

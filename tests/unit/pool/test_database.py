@@ -41,7 +41,7 @@ def test_migrations_make_the_tables_of_the_schema(database: Database, tmp_path: 
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
         names = [index["name"] for index in inspect(connection).get_indexes("adapters")]
-        assert sorted(map(str, names)) == ["adapters_by_digest", "one_current_revision"]
+        assert sorted(map(str, names)) == ["adapters_by_digest", "adapters_by_tenant", "one_current_revision"]
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     engine.dispose()
 

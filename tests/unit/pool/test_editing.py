@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
@@ -69,6 +70,90 @@ def test_adding_and_removing(any_pool: Pool) -> None:
     pool.remove_samples("a", [4, 0, 2])
     assert reopened(pool) == ([positive[1], positive[3]], [])
     assert pool.verify() == []
+
+
+def test_replacing_all_samples(any_pool: Pool) -> None:
+    pool = any_pool
+    pool.add_samples("a", ["fed"], source="feedback")
+    pool.add_samples("a", ["no"], counter=True, source="feedback")
+    change = pool.change
+    no = Sample("no", "feedback", counter=True)
+    new = [Sample("x"), Sample("fed", "feedback"), Sample("z"), no]
+    assert pool.replace_samples("a", ["fed", "z", "z", "x"]) == new, "what stays keeps its place and source"
+    assert (pool.change, pool.changes_since(change)) == (change + 1, {"a"})
+    assert reopened(pool) == (new[:3], [no])
+    assert pool.replace_samples("a", ["z", "x", "fed"]) == new
+    assert pool.change == change + 1, "the same again changes nothing"
+    assert pool.replace_samples("a", iter(["one"]), iter(["two", "no"])) == [
+        Sample("one"), no, Sample("two", counter=True),
+    ]  # fmt: skip
+    assert pool.replace_samples("a", ["no"], []) == [Sample("no")], "a counter sample may become a sample"
+    assert reopened(pool) == ([Sample("no")], [])
+    pool.replace_samples("a", ["b", "no", "a"])
+    pool.remove_samples("a", [0])  # refused where a plain folder's file has another order
+    assert reopened(pool) == ([Sample("b"), Sample("a")], [])
+    assert pool.replace_samples("derived", ["given"]) == [Sample("given")]
+    assert pool.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "there is no sample"),
+        (([" "],), "expected some text"),
+        ((["no"],), "is a sample and a counter sample at once"),
+        ((["x"], ["x"]), "is a sample and a counter sample at once"),
+        (("text",), "samples is the string 'text'; expected a list"),
+        ((["x"], "text"), "samples is the string 'text'; expected a list"),
+    ],
+)
+def test_bad_replacements_change_nothing(any_pool: Pool, arguments: tuple[Any, ...], message: str) -> None:
+    any_pool.add_samples("a", ["no"], counter=True)
+    change = any_pool.change
+    with pytest.raises(InvalidInputError, match=message):
+        any_pool.replace_samples("a", *arguments)
+    with pytest.raises(AdapterNotFoundError):
+        any_pool.replace_samples("nothing", ["x"])
+    assert any_pool.change == change
+    assert reopened(any_pool) == ([Sample("x"), Sample("y")], [Sample("no", counter=True)])
+
+
+def test_replaced_samples_keep_their_embeddings(any_pool: Pool) -> None:
+    vectors = {"a": np.array([[1.0], [2.0]], np.float32)}
+    any_pool.missing_embeddings("e")
+    any_pool.store_embeddings("e", vectors)
+    any_pool.replace_samples("a", ["new", "y"])
+    assert any_pool.missing_embeddings("e")["a"] == [Sample("new")]
+
+
+def test_describing_an_adapter_anew(any_pool: Pool) -> None:
+    pool = any_pool
+    before = pool.get("a")
+    change = pool.change
+    described = pool.update("a", description=" Writes SQL.\x1b ", tags=["t", "t", "u"])
+    assert (described.description, described.tags) == ("Writes SQL.", ("t", "u"))
+    assert (described.revision, described.digest, described.samples) == (before.revision, before.digest, 2)
+    assert (pool.get("a"), pool.changes_since(change)) == (described, {"a"})
+    assert pool.samples("a") == [Sample("x"), Sample("y")], "given samples stay"
+    assert pool.update("a") == pool.update("a", description="Writes SQL.", tags=("t", "u")) == described
+    assert pool.change == change + 1
+    assert pool.update("a", tags=[]).tags == ()
+    assert pool.update("a", description="").description == ""
+    with Pool.open(pool.location) as again:
+        assert (again.change, again.get("a").description) == (pool.change, "")
+    with pytest.raises(AdapterNotFoundError):
+        pool.update("nothing", description="x")
+
+
+def test_samples_from_a_description_follow_it(any_pool: Pool) -> None:
+    any_pool.add_samples("derived", ["no"], counter=True)
+    described = any_pool.update("derived", description="Does that.")
+    assert described.samples == 2
+    card, new = Sample("Does this.", "model_card"), Sample("Does that.", "description")
+    with Pool.open(any_pool.location) as again:
+        assert again.samples("derived") == [card, new]
+        assert again.counter_samples("derived") == [Sample("no", counter=True)]
+        assert again.update("derived", description="").samples == 2, "there must be some"
 
 
 def test_the_last_sample_stays(any_pool: Pool) -> None:

@@ -100,6 +100,54 @@ def test_the_way_back(first: Path) -> None:
         assert pool.samples("a") == [Sample("one"), Sample("two")]
 
 
+@pytest.fixture
+def second(first: Path) -> Path:
+    """The same pool with a database of revision 0002: a tenant, a counter sample, feedback, and ids that were used."""
+    with Pool.open(first) as pool:
+        pool.add(pool.get("a").folder, name="gone", samples=["x"])
+        pool.remove("gone")
+        pool.add(pool.get("b").folder, name="b", tenant="acme")
+        pool.add_samples("a", ["never"], counter=True)
+        pool.give_feedback("maybe", right="a", wrong="b")
+    migrate(first / "pool.db", "0002", "downgrade")
+    return first
+
+
+def everything(file: Path) -> dict[str, list[tuple[object, ...]]]:
+    """The rows of all tables, the ids that come next, and the indexes, but what revision 0003 adds."""
+    tables = ("pool", "adapters", "samples", "embeddings", "encoders", "feedback")
+    found = {table: rows(file, f"SELECT rowid, * FROM {table}") for table in tables}
+    found["changes"] = rows(file, "SELECT id, change, adapter FROM changes")
+    found["sequences"] = sorted(rows(file, "SELECT * FROM sqlite_sequence"))
+    indexes = rows(file, "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name")
+    found["indexes"] = [each for each in indexes if each[1] in tables and each[0] != "adapters_by_tenant"]
+    return found
+
+
+def test_a_pool_of_the_second_revision_is_upgraded(second: Path) -> None:
+    file = second / "pool.db"
+    before = everything(file)
+    assert [len(before[table]) for table in ("adapters", "samples", "embeddings", "feedback")] == [3, 6, 4, 1]
+    assert ("adapters", 4) in before["sequences"], "one id more than there are adapters was used"
+    with Pool.open(second) as pool:
+        assert everything(file) == before
+        where = "SELECT sql FROM sqlite_master WHERE name = 'one_current_revision'"
+        assert "WHERE current" in str(rows(file, where))
+        assert "VARCHAR(256)" in str(rows(file, "SELECT sql FROM sqlite_master WHERE name = 'adapters'"))
+        assert pool.view("").list() == [pool.get("a")]
+        assert pool.counter_samples("a") == [Sample("never", counter=True)]
+        assert (pool.keys.exist(), pool.jobs.list(None)) == (False, [])
+        since = pool.change
+        pool.set_enabled("b", True)
+        assert pool.view("").changes_since(since) == frozenset()
+        pool.remove("a")
+        assert [row[3] for row in rows(file, "SELECT * FROM samples")] == ["Does b."], "samples go with their adapter"
+        assert pool.verify() == []
+    migrate(file, "0002", "downgrade")
+    with Pool.open(second) as pool:
+        assert pool.get("b").tenant == "acme"
+
+
 def test_an_upgrade_that_fails_changes_nothing(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connection = sqlite3.connect(first / "pool.db")
     connection.execute("CREATE TABLE feedback (id INTEGER)")  # in the way of the last step but one

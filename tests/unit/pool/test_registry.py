@@ -99,6 +99,7 @@ def test_other_bytes_are_a_new_revision(pool: Pool, tmp_path: Path) -> None:
     assert (third.revision, third.digest) == (3, first.digest)
     assert pool.samples("a") == [Sample("y")]
     assert pool.verify() == []
+    pool.grace_seconds = 0
     pool.remove("a")
     assert contents(pool) == set()
 
@@ -125,6 +126,7 @@ def test_removal(pool: Pool, tmp_path: Path) -> None:
     for name in ("a", "twin"):
         pool.add(write_peft_folder(tmp_path / name))
     digest = pool.get("a").digest
+    pool.grace_seconds = 0
     pool.remove("a")
     assert [adapter.name for adapter in pool.list()] == ["twin"]
     assert contents(pool) == {digest}, "the twin has the same content"
@@ -250,6 +252,7 @@ def test_weights_of_an_earlier_revision(pool: Pool, tmp_path: Path) -> None:
     for digest in (first.digest, "0" * 64, "../a"):
         with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
             pool.weights("a", digest)
+    pool.grace_seconds = 0
     pool.remove("a")
     with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
         pool.weights("a", second.digest)

@@ -202,6 +202,13 @@ def test_the_instruction_is_put_before_the_text(folder: Path) -> None:
     )
 
 
+def test_tokens_are_those_that_are_read(folder: Path) -> None:
+    """One for each character; this tokenizer adds none."""
+    encoder = SentenceEncoder(str(folder), instruction="ab: ", max_tokens=16)
+    assert encoder.count_tokens(["hello", "x" * 1000]) == 4 + 5 + 16
+    assert encoder.count_tokens([]) == 0
+
+
 def test_the_models_own_prompt_is_put_before_the_instruction(folder: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 

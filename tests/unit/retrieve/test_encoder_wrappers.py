@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
+from loraretriever.retrieve import caching
 from loraretriever.retrieve.caching import CachingEncoder, QueueEncoder
 from loraretriever.retrieve.encoder import Vectors
 
@@ -184,6 +185,28 @@ def test_many_threads_share_a_queue() -> None:
     callers = [Caller(encoder, *["x" * (n % 7)] * (n % 3)) for n in range(40)]
     run_all(callers)
     assert [caller.result for caller in callers] == [[n % 7] * (n % 3) for n in range(40)]
+
+
+def test_who_has_encoded_gives_its_workers_back_before_anybody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that stay would outnumber the processors, and slow down the engine's thread."""
+    inner = ScriptedEncoder()
+    encoder = QueueEncoder(inner)
+    released: list[tuple[int, bool]] = []
+    monkeypatch.setattr(caching, "release_workers", lambda: released.append((threading.get_ident(), encoder._busy)))
+    encoder.encode(["a"])
+    with pytest.raises(ValueError, match="bad text"):
+        encoder.encode(["bad"])
+    assert released == [(threading.get_ident(), True)] * 2
+
+
+def test_tokens_are_counted_by_the_encoder_or_else_words() -> None:
+    class Counting(ScriptedEncoder):
+        def count_tokens(self, texts: Sequence[str]) -> int:
+            return 100 * len(texts)
+
+    for wrap in (CachingEncoder, QueueEncoder):
+        assert wrap(Counting()).count_tokens(["a text", "b"]) == 200
+        assert wrap(ScriptedEncoder()).count_tokens(["a text", "b"]) == 3
 
 
 def test_sizes_must_be_positive() -> None:

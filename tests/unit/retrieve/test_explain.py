@@ -9,6 +9,7 @@ from test_hybrid import SAMPLES
 
 from loraretriever.pool import Pool
 from loraretriever.retrieve import HybridRetriever, Parts, sparse
+from loraretriever.retrieve.follower import Follower
 from loraretriever.types import AdapterFilter
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import WordEncoder
@@ -98,7 +99,7 @@ def test_filters_and_a_pool_with_nothing(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_what_was_added_since_is_explained(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HybridRetriever, "_begin_learning", lambda self: None)
+    monkeypatch.setattr(Follower, "_begin_learning", lambda self: None)
     with Pool.create(tmp_path / "pool", TINY_BASE, spec=TINY_SPEC) as growing:
         retriever = HybridRetriever(growing, lambda name: WordEncoder())
         for seed, (name, samples) in enumerate(SAMPLES.items()):

@@ -15,7 +15,7 @@ from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelL
 from loraretriever.pool import Pool
 from loraretriever.retrieve import HybridRetriever
 from loraretriever.retrieve.encoder import Encoder, Vectors
-from loraretriever.retrieve.hybrid import _views
+from loraretriever.retrieve.hybrid import _pieces
 from loraretriever.retrieve.snapshot import Snapshot
 from loraretriever.types import AdapterFilter, Ranking
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
@@ -325,7 +325,7 @@ def test_a_failure_is_forgotten_when_the_pool_changes_and_all_goes_well(pool: Po
     add("poem")
     gate.failure = ValueError("no memory")
     names(retriever, "hello")
-    thread = retriever._thread
+    thread = retriever._follower._thread
     gate.open.set()
     if thread is not None:
         thread.join()
@@ -343,7 +343,7 @@ def test_a_pool_that_cannot_be_read_ends_the_learning(
     names(retriever, "hello")
     add("poem")
     names(retriever, "hello")
-    thread = retriever._thread
+    thread = retriever._follower._thread
     assert thread is not None and gate.begun.wait(20)
 
     def fail(self: Pool) -> str:
@@ -492,10 +492,65 @@ def test_many_threads_rank_while_adapters_come_and_go(pool: Pool, add: Add) -> N
 
 
 def test_the_question_before_or_after_a_long_document_is_read() -> None:
-    views = _views
+    views = _pieces
     assert views("short") == ("short",)
     document, question = "lorem ipsum dolor " * 400, "translate this to german please"
     for prompt in (f"{document}\n{question}", f"{question}\n{document}"):
         assert views(prompt)[0] == prompt
         assert any(question in view and len(view) <= 320 for view in views(prompt)[1:])
     assert views("a" + " " * 9000) == ("a" + " " * 9000, "a" + " " * 159, "a" + " " * 319), "no view is blank"
+
+
+# What is the same as before
+
+
+def test_what_does_not_change_an_adapters_samples_is_no_reason_to_learn(pool: Pool, add: Add, gate: Gate) -> None:
+    add(*SAMPLES)
+    encoder = WordEncoder()
+    retriever = hybrid(pool, encoder)
+    before = retriever.rank(["a query", "a poem"], 9)
+    add("sql")
+    pool.set_enabled("math", False)
+    pool.set_enabled("math", True)
+    assert retriever.rank(["a query", "a poem"], 9) == before
+    assert retriever._follower._thread is None and not gate.begun.is_set()
+    assert [text for text in encoder.encoded if text in SAMPLES["sql"]] == 2 * SAMPLES["sql"], "a new revision's"
+    add("sql", tags=["data"])
+    assert names(retriever, "a query", tags=frozenset({"data"})) == ["sql"]
+    assert gate.begun.wait(20)
+
+
+def test_each_adapters_samples_are_encoded_by_themselves(pool: Pool, add: Add) -> None:
+    batches: list[list[str]] = []
+
+    class Noting(WordEncoder):
+        def encode(self, texts: Any) -> Vectors:
+            batches.append(list(texts))
+            return super().encode(texts)
+
+    add(*SAMPLES)
+    hybrid(pool, Noting()).rank([], 1)
+    assert sorted(batches) == sorted(SAMPLES.values())
+
+
+def test_prompts_are_remembered_until_the_encoder_changes(pool: Pool, add: Add) -> None:
+    add(*SAMPLES)
+    encoders = Encoders()
+    retriever = HybridRetriever(pool, encoders, remembered=2)
+    for prompts in (["a query"], ["a query", "a poem"], ["in german"], ["a query"]):
+        retriever.rank(prompts, 1)
+    samples = sum(map(len, SAMPLES.values()))
+    assert encoders.made[None].encoded[samples:] == ["a query", "a poem", "in german", "a query"]
+    pool.set_encoder("tests/another")
+    retriever.settle()
+    before = retriever.rank(["a query"], 9)
+    assert encoders.made["tests/another"].encoded[samples:] == ["a query"]
+    assert before == HybridRetriever(pool, Encoders()).rank(["a query"], 9)
+
+
+def test_texts_and_their_tokens(pool: Pool) -> None:
+    retriever = hybrid(pool)
+    assert retriever.encode(["a query"]).tolist() == WordEncoder().encode(["a query"]).tolist()
+    assert retriever.count_tokens(["a query", "german"]) == 3, "words, where the encoder cannot tell"
+    with pytest.raises(InvalidInputError, match="empty"):
+        retriever.encode([""])

@@ -11,7 +11,7 @@ import pytest
 from loraretriever.config import PAPER_INSTRUCTION, Settings
 from loraretriever.errors import InvalidInputError, ModelLoadError
 from loraretriever.pool import Pool
-from loraretriever.retrieve import HybridRetriever, PaperRetriever, Parts, SentenceEncoder
+from loraretriever.retrieve import HybridRetriever, PaperRetriever, Parts, SentenceEncoder, Views
 from loraretriever.retrieve.loading import PARTS, hybrid_encoder, load_retriever, paper_encoder
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import write_encoder
@@ -46,6 +46,22 @@ def test_each_hybrid_ranks(pool: Pool, folder: Path, name: str) -> None:
     assert isinstance(retriever, HybridRetriever)
     (ranking,) = retriever.rank(["a text on sql"], 3)
     assert len(ranking.hits) == 2 and ranking.hits[0].adapter == "sql"
+
+
+@pytest.mark.parametrize("name", [*PARTS, "paper"])
+def test_each_has_views(pool: Pool, folder: Path, tmp_path: Path, name: str) -> None:
+    settings = Settings(retriever=name, encoder=str(folder))
+    views = Views(pool, lambda reader: load_retriever(reader, settings))
+    views.of("us").rank(["a text on sql"], 3)
+    pool.add(write_peft_folder(tmp_path / "own", seed=9), name="us:own", samples=["a text on rain"], tenant="us")
+    for view, found in (
+        ("us", {"sql", "math", "us:own"}),
+        ("them", {"sql", "math"}),
+        (None, {"sql", "math", "us:own"}),
+    ):
+        (ranking,) = views.of(view).rank(["a text on rain"], 3)
+        assert {hit.adapter for hit in ranking.hits} == found
+        assert len(found) == 2 or ranking.hits[0].adapter == "us:own"
 
 
 def test_the_parts_that_names_stand_for() -> None:
