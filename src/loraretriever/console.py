@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from loraretriever.evaluate.fallback import Calibration
     from loraretriever.evaluate.retrieval import RetrievalReport
     from loraretriever.evaluate.robustness import Robustness
+    from loraretriever.evaluate.server_report import ServerReport
     from loraretriever.pipeline import Submission
+    from loraretriever.pool import Key
     from loraretriever.retrieve.explain import Explanation, HitExplanation
 
 out = Console(highlight=False)
@@ -115,6 +117,11 @@ def print_fields(value: Any) -> None:
         content = getattr(value, field.name)
         text = ", ".join(map(str, content)) if isinstance(content, tuple) else str(content)
         out.print(Text.assemble((f"{field.name:<12}", "bold"), text), soft_wrap=True)
+
+
+def key_json(key: Key) -> dict[str, Any]:
+    """A key's fields, and whether it is active, expired or revoked."""
+    return {**dataclasses.asdict(key), "scopes": sorted(key.scopes), "state": key.state}
 
 
 def route_json(row: dict[str, Any], route: Route, reason: Explanation | None) -> dict[str, Any]:
@@ -277,15 +284,43 @@ def print_engine(report: EngineReport) -> None:
     _print_set_up(report)
 
 
+def print_server(report: ServerReport) -> None:
+    """Figures of the server and of the engine alone, their ratios, and what a reader needs to judge them."""
+    rows = []
+    for name, by_concurrency in report.figures.items():
+        for concurrency, found in by_concurrency.items():
+            speeds = [f"{found.requests_per_second.median:6.2f}", f"{found.tokens_per_second.median:7.1f}"]
+            cpu = ", ".join(f"{process} {used.median:.0f}" for process, used in found.cpu_ms_per_request.items())
+            times = [*_three(found.first_token_seconds, 1), *_three(found.token_seconds, 1000)]
+            rows.append([name, concurrency, *speeds, *times, cpu])
+    print_rows(("", "", "req/s", "tok/s", "ttft50", "95", "99", "tpot50", "95", "99", "cpu ms/request"), rows)
+    out.print()
+    ratios = [(name, *(f"{x:6.3f}" for x in (r.median, r.min, r.max))) for name, r in report.ratios.items()]
+    print_rows(("server / engine alone", "median", "least", "greatest"), ratios)
+    for kind, own in report.own_ms.items():
+        print_plain(
+            f"own time, {kind} answer of one token: {own.median:.2f} ms "
+            f"({own.server_p50:.2f} with the server, {own.alone_p50:.2f} without)"
+        )
+    print_note("c8: 8 requests at a time; ttft: seconds from a request to its first token (percentiles 50, 95, 99);")
+    print_note("tpot: milliseconds for each token after it; cpu: processor time of each process")
+    print_plain(
+        f"{report.agreement.compositions:.1%} of the compositions and {report.agreement.texts:.1%} of the texts are "
+        "the same"
+    )
+    _print_set_up(report)
+
+
 def _three(percentiles: Percentiles | None, scale: float) -> list[str]:
     if percentiles is None:
         return ["-"] * 3
     return [f"{scale * x:6.{2 if scale == 1 else 1}f}" for x in (percentiles.p50, percentiles.p95, percentiles.p99)]
 
 
-def _print_set_up(report: EngineReport) -> None:
+def _print_set_up(report: EngineReport | ServerReport) -> None:
     set_up, here = report.set_up, report.set_up.environment
-    rate = "" if set_up.rate is None else f", {set_up.rate:.2f} requests/s"
+    arrivals = getattr(set_up, "rate", None)
+    rate = "" if arrivals is None else f", {arrivals:.2f} requests/s"
     print_plain(f"{set_up.base_model}, {set_up.dtype}, {set_up.rounds} rounds, seed {set_up.seed}{rate}")
     print_plain(
         f"{here.cpu}, {here.threads} threads, load average {set_up.load_average_before:.1f} before, "

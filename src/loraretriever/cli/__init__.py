@@ -15,6 +15,7 @@ import typer
 from loraretriever import __version__, console
 from loraretriever.cli.bench import bench_app
 from loraretriever.cli.feedback import feedback_app
+from loraretriever.cli.keys import keys_app
 from loraretriever.cli.options import (
     BaseModelOption,
     DeviceOption,
@@ -36,6 +37,7 @@ from loraretriever.cli.options import (
 )
 from loraretriever.cli.pool import pool_app
 from loraretriever.cli.prompts import AnswerFile, parse_weights, read_prompts
+from loraretriever.cli.serve import serve
 from loraretriever.cli.train import train_retriever
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
 
@@ -47,7 +49,9 @@ app = typer.Typer(
 )
 app.add_typer(pool_app, name="pool")
 app.add_typer(feedback_app, name="feedback")
+app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
+app.command("serve")(serve)
 app.command("train-retriever")(train_retriever)
 
 
