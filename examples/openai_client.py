@@ -2,7 +2,7 @@
 
     pip install openai
     loraretriever serve --pool demo/pool
-    python examples/openai_client.py "Write a SQL query that counts the users of each city."
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 python examples/openai_client.py "Fix the grammar: He have three cat."
 
 The address and the key come from OPENAI_BASE_URL and OPENAI_API_KEY, as for any program that uses this client.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from openai import APIError, OpenAI
 
-PROMPT = "Write a SQL query that counts the users of each city."
+PROMPT = "Write a bash command that lists all files larger than 10 MB."
 
 
 def main() -> int:

@@ -120,7 +120,7 @@ class ServerSettings:
     shutdown_seconds: _Seconds = Field(default=30.0, ge=0)
     refresh_seconds: _Seconds = Field(default=2.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["json", "text"] = "json"
+    log_format: Literal["auto", "json", "text"] = "auto"
     log_prompts: bool = False
     otlp_endpoint: Annotated[str, AfterValidator(_is_http_url)] | None = None
     metrics: bool = True

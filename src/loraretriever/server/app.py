@@ -21,6 +21,7 @@ from loraretriever.server import (
     adapters,
     chat,
     embeddings,
+    feedback,
     health,
     jobs,
     limits,
@@ -38,9 +39,11 @@ from loraretriever.server.metrics import Metrics
 from loraretriever.server.observe import ObserveMiddleware
 from loraretriever.server.state import ServerState
 from loraretriever.server.streaming import Courier
+from loraretriever.types import Request, Sampling
 
 _log = logging.getLogger(__name__)
 _PART_SECONDS = 30.0
+_WARM_UP = "Is everything there?"
 _EXPOSED = ("composition", "hits", "fallback", "retrieve-ms")
 
 
@@ -66,7 +69,7 @@ def create_app(retriever: LoraRetriever, settings: ServerSettings, *, multiproce
     )
     app.root_path = settings.root_path  # of the constructor's argument FastAPI warns: uvicorn's would change the paths
     app.state.server = state
-    for module in (health, chat, models, embeddings, routing, adapters, jobs, vllm_compat):
+    for module in (health, chat, models, embeddings, routing, feedback, adapters, jobs, vllm_compat):
         app.include_router(module.router)
     if settings.metrics:
         app.include_router(stats.router)
@@ -129,7 +132,8 @@ def _load(state: ServerState) -> None:
     try:
         engine = retriever.engine
         state.metrics.follow(engine.stats, retriever.pool, retriever.pool.base_model)
-        retriever.route(["warm up"])
+        retriever.route([_WARM_UP])
+        list(engine.run([Request(_WARM_UP, sampling=Sampling(max_tokens=2))]))
     except Exception as error:
         state.loading_error = error
         _log.error("the models cannot be loaded: %s", error, exc_info=error)

@@ -66,6 +66,18 @@ def require(*scopes: str) -> Callable[[Request], Awaitable[Caller]]:
     return dependency
 
 
+async def require_operator(request: Request) -> Caller:
+    """A FastAPI dependency: a caller who may see what concerns all tenants.
+
+    Raises:
+        ApiError: as `require`.
+    """
+    caller = await require("admin")(request)
+    if not caller.is_operator:
+        raise ApiError(403, "this concerns all tenants; it needs a key of the scope admin without a tenant.")
+    return caller
+
+
 async def find_caller(connection: HTTPConnection) -> Caller:
     """Who sends this request."""
     state = server_state(connection)

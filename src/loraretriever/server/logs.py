@@ -47,14 +47,17 @@ class TextFormatter(logging.Formatter):
         return "\n".join([" ".join(parts), *lines])
 
 
-def configure(level: str, form: Literal["json", "text"]) -> None:
+def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
     """Let all logs of this process, also those of other libraries and uvicorn, go to standard error in one form.
+
+    `form` auto: text on a terminal, else JSON.
 
     `level` (debug, info, warning or error) is that of this package and of uvicorn; other libraries speak from warning
     on. uvicorn must be run with `log_config=None, access_log=False`: the middleware logs the requests.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    is_text = sys.stderr.isatty() if form == "auto" else form == "text"
+    handler.setFormatter(TextFormatter() if is_text else JsonFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

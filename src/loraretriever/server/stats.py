@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from loraretriever.server.auth import Caller, require
-from loraretriever.server.errors import ApiError
+from loraretriever.server.auth import require_operator
 from loraretriever.server.metrics import FAMILIES, PREFIX
 from loraretriever.server.series import WINDOW_SECONDS, Family, Figures, Kind, cumulative, last_minute, quantile
 from loraretriever.server.state import server_state
@@ -17,21 +16,15 @@ from loraretriever.server.state import server_state
 router = APIRouter(tags=["server"])
 
 
-async def operator(caller: Annotated[Caller, Depends(require("admin"))]) -> None:
-    """Lets nobody but operators pass."""
-    if not caller.is_operator:
-        raise ApiError(403, "this shows the figures of all tenants; it needs a key of the scope admin without tenant.")
-
-
 # Both are plain functions, which run in a thread: they read files and the pool's database.
-@router.get("/v1/stats", dependencies=[Depends(operator)])
+@router.get("/v1/stats", dependencies=[Depends(require_operator)])
 def stats(request: Request) -> dict[str, Any]:
     """All figures as JSON; histograms with their buckets and the quantiles of the last minute."""
     state = server_state(request)
     return to_json(state.metrics.figures(), state.started)
 
 
-@router.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(operator)])
+@router.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(require_operator)])
 def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
     """All figures as Prometheus reads them: its text format, or OpenMetrics if `Accept` asks for it."""
     body, content_type = server_state(request).metrics.text(accept)

@@ -94,6 +94,8 @@ def reading(name: str) -> Iterator[Case]:
     for options in ({"only": [name]}, {"exclude": [name], "explain": True}):
         yield Case("POST /v1/route", "/v1/route", {"json": {"input": PROMPT, **options}}, name)
     yield Case("POST /v1/embeddings", "/v1/embeddings", {"json": {"input": PROMPT, "model": name}}, name)
+    for side in ("right", "wrong"):
+        yield Case("POST /v1/feedback", "/v1/feedback", {"json": {"prompt": PROMPT, side: name}}, name)
     yield Case("GET /v1/models/{name}", f"/v1/models/{name}", {}, name)
     yield Case("GET /v1/adapters/{name}", f"/v1/adapters/{name}", {}, name)
     yield Case("GET /v1/adapters/{name}/samples", f"/v1/adapters/{name}/samples", {}, name)
@@ -124,8 +126,20 @@ def cases(folder: Path) -> Iterator[Case]:
     )
     yield Case("POST /v1/route", "/v1/route", {"json": {"input": NEARLY, "k": 20, "explain": True}})
     yield Case("POST /v1/embeddings", "/v1/embeddings", {"json": {"input": NEARLY}})
-    for path in ("/health", "/ready", "/metrics", "/v1/stats", "/v1/models", "/v1/map", "/v1/keys/me", "/v1/jobs"):
+    for path in (
+        "/health",
+        "/ready",
+        "/metrics",
+        "/v1/stats",
+        "/v1/models",
+        "/v1/map",
+        "/v1/keys/me",
+        "/v1/jobs",
+        "/v1/feedback",
+    ):
         yield Case(f"GET {path}", path)
+    decision = {"json": {"ids": [1], "decision": "approve"}}
+    yield Case("POST /v1/feedback/decisions", "/v1/feedback/decisions", decision)
     yield Case("GET /v1/jobs/{id}", f"/v1/jobs/{'0' * 32}")
     for query in ("", "?tag=classified", "?query=trade", "?limit=1", "?limit=1&after=german"):
         yield Case("GET /v1/adapters", f"/v1/adapters{query}")
@@ -313,6 +327,7 @@ def test_the_walk_gets_answers(walks: tuple[Walk, Walk]) -> None:
         for operation in sorted({answer.case.operation for answer in answers}):
             good = [a for a in answers if a.case.operation == operation and a.status in (200, 201)]
             refused = {"GET /metrics", "GET /v1/stats", "POST /v1/load_lora_adapter", "GET /v1/jobs/{id}"}
+            refused |= {"GET /v1/feedback", "POST /v1/feedback/decisions"}
             is_refused = operation in refused or operation == "POST /v1/unload_lora_adapter"
             assert bool(good) != is_refused, (caller, operation)
     acme = walks[1].answers["acme"]
