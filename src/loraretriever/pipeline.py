@@ -278,7 +278,7 @@ class LoraRetriever:
         Raises:
             InvalidInputError, AdapterNotFoundError: as in `stream`.
         """
-        unknown = options.keys() - inspect.signature(self.route).parameters.keys()
+        unknown = options.keys() - _ROUTE_OPTIONS
         if unknown:
             raise TypeError(f"submit() and prepare() take no keyword argument {min(unknown)!r}")
         if adapters is not None:
@@ -354,6 +354,9 @@ class LoraRetriever:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_ROUTE_OPTIONS = frozenset(inspect.signature(LoraRetriever.route).parameters) - {"self", "prompts"}
 
 
 def _filter(exclude: Collection[str], only: Collection[str] | None, tags: Collection[str]) -> AdapterFilter:

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import Run
+from integration.conftest import Run
 from loraretriever.pool import Pool
 from tiny import TINY_SPEC, write_peft_folder
 

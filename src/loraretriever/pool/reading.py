@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import PoolError
@@ -43,8 +42,7 @@ class PoolReader:
 
         It counts all tenants' changes: for readers that follow the pool, not for users.
         """
-        with self._database.read() as session:
-            return session.scalars(select(PoolRow.change)).one()
+        return self._database.read_number("SELECT change FROM pool")
 
     def changes_since(self, change: int) -> frozenset[str] | None:
         """Names of the adapters that the changes after this one touched: what a reader of that change must read again.

@@ -129,7 +129,7 @@ def load_weights(folder: Path, name: str, digest: str) -> AdapterWeights:
                 if match and match["factor"] == "A":
                     a, b = file.get_tensor(key), file.get_tensor(_other_factor(key))
                     modules[match["module"]] = LoraPair(a, b, config.scaling_of(match["module"]))
-    except (OSError, SafetensorError, AdmissionError) as error:
+    except (OSError, SafetensorError, AdmissionError, RuntimeError) as error:  # the last one is torch's
         raise PoolError(
             f"cannot read adapter {name!r} in {folder}: {error}. Look for damage with: loraretriever pool verify"
         ) from error

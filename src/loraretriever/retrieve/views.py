@@ -50,6 +50,8 @@ class Views:
 
     def _seen(self, view: str | None) -> str | None:
         """The least view that sees the same adapters."""
+        if view == "":
+            return view
         change, (known_change, tenants) = self._pool.change, self._tenants
         if change != known_change:
             tenants = self._pool.tenants()
