@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := src tests benchmarks demo examples
+SOURCES := src tests benchmarks demo examples web
 
 .PHONY: demo test setup check format bench train-demo clean
 

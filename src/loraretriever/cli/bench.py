@@ -132,6 +132,51 @@ def bench_engine(
         console.print_engine(report)
 
 
+@bench_app.command("server")
+def bench_server(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and requests; 1 and 32 at a time.")] = False,
+    pool: Annotated[str | None, typer.Option(help="Serve this pool.", metavar="DIR", show_default="the demo's")] = None,
+    base_model: BaseModelOption = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "float32",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns that each gets.", show_default="5; quick 3")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the processor, for the models. One fewer than there are leaves one to the load generator.",
+            show_default="torch's choice",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what the server costs: requests through it and locust, and by the engine alone, taking turns."""
+    from loraretriever.evaluate import server_bench
+    from loraretriever.evaluate.demo import demo_folder
+
+    options = server_bench.Options(
+        pool=pool or demo_folder() / "pool",
+        base_model=base_model,
+        dtype=dtype,
+        rounds=rounds or (server_bench.QUICK_ROUNDS if quick else server_bench.ROUNDS),
+        threads=threads,
+        seed=seed,
+        quick=quick,
+        sizes=server_bench.QUICK_SIZES if quick else server_bench.SIZES,
+    )
+    if output is not None:
+        _check_writable(output)
+    with console.progress("measuring", server_bench.count_steps(options), enabled=not as_json) as advance:
+        report = server_bench.bench_server(options, advance)
+    if output is not None:
+        output.write_text(console.to_json(report) + "\n", encoding="utf-8")
+    if as_json:
+        console.print_json(report)
+    else:
+        console.print_server(report)
+
+
 def _check_writable(file: Path) -> None:
     """Before minutes of measuring."""
     try:

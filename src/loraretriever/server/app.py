@@ -26,7 +26,6 @@ from loraretriever.server import (
     jobs,
     limits,
     models,
-    page,
     routing,
     stats,
     vllm_compat,
@@ -37,6 +36,7 @@ from loraretriever.server.jobs import JobRunner
 from loraretriever.server.limits import Limiter
 from loraretriever.server.metrics import Metrics
 from loraretriever.server.observe import ObserveMiddleware
+from loraretriever.server.page import add_page
 from loraretriever.server.state import ServerState
 from loraretriever.server.streaming import Courier
 from loraretriever.types import Request, Sampling
@@ -74,7 +74,7 @@ def create_app(retriever: LoraRetriever, settings: ServerSettings, *, multiproce
     if settings.metrics:
         app.include_router(stats.router)
     if settings.page:
-        app.include_router(page.router)
+        add_page(app)
     install(app)
     app.openapi = functools.partial(_openapi, app.openapi)  # type: ignore[method-assign]
     upload = "/v1/adapters"

@@ -174,7 +174,7 @@ def install(app: FastAPI) -> None:
 
     def answer(request: Request, error: ApiError) -> Response:
         reason = REJECTIONS.get(error.body()["error"]["code"])
-        if reason is not None:
+        if reason is not None and request.url.path != "/ready":  # nobody wanted an answer there
             request.app.state.server.metrics.rejected(reason)
         return error.response()
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
+from loraretriever.compose import strategy_names
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.state import ServerState, server_state
 
@@ -28,13 +29,17 @@ async def ready(state: State) -> dict[str, str]:
 
 @router.get("/v1/keys/me")
 async def own_key(
+    state: State,
     caller: Annotated[Caller, Depends(require("generate", "route", "pool:read", "pool:write"))],
 ) -> dict[str, Any]:
-    """What the caller may do. `open`: the server has no keys."""
+    """What the caller may do, and with what. `open`: the server has no keys."""
+    settings = state.retriever.settings
     return {
         "label": caller.label,
         "scopes": sorted(caller.scopes),
         "tenant": caller.tenant,
         "operator": caller.is_operator,
         "open": caller.key is None,
+        "defaults": {"k": settings.k, "strategy": settings.strategy, "weighting": settings.weighting},
+        "strategies": strategy_names(),
     }

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
-from pathlib import Path
-from typing import cast
 
-from fastapi import APIRouter
-from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
-router = APIRouter(include_in_schema=False)
-_FOLDER = cast(Path, files("loraretriever.server") / "static")
-_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".txt": "text/plain; charset=utf-8",
-}
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -26,25 +17,27 @@ HEADERS = {
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
+    "cache-control": "no-cache",  # ask each time whether it has changed
     "cross-origin-opener-policy": "same-origin",
 }
 
 
-@router.get("/")
-async def index() -> Response:
-    """The page."""
-    return _file("index.html")
+class _Files(StaticFiles):
+    """Files with headers that let a browser load nothing from elsewhere."""
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(HEADERS)
+        return response
 
 
-@router.get("/static/{name:path}")
-async def asset(name: str) -> Response:
-    """A part of the page."""
-    return _file(name)
+def add_page(app: FastAPI) -> None:
+    """Serve the page at / and its parts below /static."""
+    parts = _Files(directory=str(files("loraretriever.server") / "static"))
+    app.mount("/static", parts)
 
-
-def _file(name: str) -> Response:
-    path = (_FOLDER / name).resolve()
-    if not path.is_relative_to(_FOLDER.resolve()) or path.suffix not in _TYPES or not path.is_file():
-        raise HTTPException(404)
-    return FileResponse(path, media_type=_TYPES[path.suffix], headers=HEADERS)
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return await parts.get_response("index.html", request.scope)

@@ -2,6 +2,7 @@
 import { Dialog } from "./dialog.js";
 import { bytes, date, shorten } from "./format.js";
 import { html, useEffect, useState } from "./html.js";
+import { Alert, Field } from "./parts.js";
 import { change, forgetRoute } from "./play.js";
 import { addSamples, getAdapter, getSamples, remove, update } from "./pool-state.js";
 import { isOperator, mayChange, session } from "./session.js";
@@ -35,19 +36,23 @@ export function AdapterDialog({ name, onClose }) {
   const mayWrite = adapter !== null && mayChange(me, adapter);
   return html`
     <${Dialog} title=${name} onClose=${onClose}>
-      ${error && html`<p class="bad" role="alert">${error}</p>`}
+      <${Alert} text=${error} />
       ${adapter && html`<p>${adapter.description || html`<span class="muted">No description.</span>`}</p>`}
       ${adapter && html`<${Provenance} adapter=${adapter} me=${me} />`}
-      ${mayWrite &&
-      html`<${Edit}
+      ${
+        mayWrite &&
+        html`<${Edit}
         adapter=${adapter} onSave=${(changes) => act(() => update(name, changes)).then(load)}
         onRemove=${() => act(() => remove(name)).then((done) => done && onClose())}
-      />`}
-      ${samples &&
-      html`<${Samples}
+      />`
+      }
+      ${
+        samples &&
+        html`<${Samples}
         samples=${samples} mayWrite=${mayWrite}
         onAdd=${(texts, counter) => act(() => addSamples(name, texts, counter)).then((done) => load().then(() => done))}
-      />`}
+      />`
+      }
     <//>
   `;
 }
@@ -84,21 +89,29 @@ function Edit({ adapter, onSave, onRemove }) {
     <details class="edit">
       <summary>Change or remove</summary>
       <form onSubmit=${submit}>
-        <label class="setting"><span>Description</span><input name="description" defaultValue=${adapter.description} /></label>
-        <label class="setting"><span>Tags, with commas between</span><input name="tags" defaultValue=${adapter.tags.join(", ")} /></label>
+        <${Field} label="Description"><input name="description" defaultValue=${adapter.description} /><//>
+        <${Field} label="Tags, with commas between"><input name="tags" defaultValue=${adapter.tags.join(", ")} /><//>
         <div class="row">
           <button>Save</button>
-          <button type="button" onClick=${() => onSave({ enabled: !adapter.enabled })}>${adapter.enabled ? "Disable" : "Enable"}</button>
-          ${sure
-            ? html`<button type="button" class="danger" onClick=${onRemove}>Remove ${adapter.name} for good</button>`
-            : html`<button type="button" onClick=${() => setSure(true)}>Remove …</button>`}
+          <button type="button" onClick=${() => onSave({ enabled: !adapter.enabled })}>
+            ${adapter.enabled ? "Disable" : "Enable"}
+          </button>
+          ${
+            sure
+              ? html`<button type="button" class="danger" onClick=${onRemove}>Remove ${adapter.name} for good</button>`
+              : html`<button type="button" onClick=${() => setSure(true)}>Remove …</button>`
+          }
         </div>
       </form>
     </details>
   `;
 }
 
-export const words = (text) => text.split(",").map((word) => word.trim()).filter(Boolean);
+export const words = (text) =>
+  text
+    .split(",")
+    .map((word) => word.trim())
+    .filter(Boolean);
 
 function Samples({ samples, mayWrite, onAdd }) {
   const { samples: given, counter_samples: against } = samples;
@@ -120,14 +133,15 @@ function SampleList({ samples, empty }) {
   if (samples.length === 0) return empty ? html`<p class="muted">${empty}</p>` : null;
   return html`
     <ul class="samples">
-      ${samples.map((sample) => {
-        const { text, source } = typeof sample === "string" ? { text: sample } : sample;
+      ${samples.map(({ text, source }) => {
         return html`
           <li key=${text}>
             <span class="sample-text">${text}</span>
             <span class="row tight">
               ${source && source !== "given" && html`<span class="tag">${source}</span>`}
-              <button class="small" onClick=${() => tryOut(text)}>Try<span class="hidden"> this sample: ${shorten(text)}</span></button>
+              <button class="small" onClick=${() => tryOut(text)}>
+                Try<span class="hidden"> this sample: ${shorten(text)}</span>
+              </button>
             </span>
           </li>
         `;
@@ -145,7 +159,7 @@ function AddSamples({ onAdd }) {
   };
   return html`
     <form onSubmit=${submit}>
-      <label class="setting"><span>Another prompt</span><textarea name="text" rows="3" required /></label>
+      <${Field} label="Another prompt"><textarea name="text" rows="3" required /><//>
       <div class="row">
         <label class="check"><input type="radio" name="kind" value="given" defaultChecked />that it is meant for</label>
         <label class="check"><input type="radio" name="kind" value="counter" />that it must not be chosen for</label>

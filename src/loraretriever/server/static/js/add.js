@@ -2,6 +2,7 @@
 import { words } from "./adapter.js";
 import { Dialog } from "./dialog.js";
 import { html, useRef, useState } from "./html.js";
+import { Alert, Field } from "./parts.js";
 import { forgetRoute } from "./play.js";
 import { add } from "./pool-state.js";
 import { isOperator, session } from "./session.js";
@@ -14,6 +15,9 @@ const FIELDS = {
   "samples.jsonl": "samples",
   "README.md": "card",
 };
+
+const FROM = { files: "My files", place: "A folder of the server, or the hub" };
+const NAME = "[A-Za-z0-9][A-Za-z0-9._\\-]*"; // as the pool's names
 
 export function AddDialog({ onClose }) {
   const me = useStore(session, (state) => state.me);
@@ -47,26 +51,36 @@ export function AddDialog({ onClose }) {
       <form onSubmit=${submit} class="stack">
         <fieldset class="row">
           <legend class="hidden">Where it is</legend>
-          <label class="check"><input type="radio" name="from" checked=${from === "files"} onChange=${() => setFrom("files")} />My files</label>
-          <label class="check"><input type="radio" name="from" checked=${from === "place"} onChange=${() => setFrom("place")} />A folder of the server, or the hub</label>
+          ${Object.entries(FROM).map(
+            ([each, text]) => html`
+              <label key=${each} class="check">
+                <input type="radio" name="from" checked=${from === each} onChange=${() => setFrom(each)} />${text}
+              </label>
+            `,
+          )}
         </fieldset>
         ${from === "files" ? html`<${Files} files=${files} setFiles=${setFiles} />` : html`<${Place} />`}
-        <label class="setting">
-          <span>Name</span>
-          <input name="name" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._\\-]*" title="Letters, digits, dots, dashes and underscores" autocomplete="off" />
-        </label>
-        <label class="setting"><span>Description</span><input name="description" /></label>
-        <label class="setting"><span>Tags, with commas between</span><input name="tags" /></label>
-        ${isOperator(me) && html`<label class="setting"><span>Tenant, if it is not for all</span><input name="tenant" /></label>`}
-        <label class="setting">
-          <span>Prompts that it is meant for, with an empty line between; about 20</span>
+        <${Field} label="Name">
+          <input
+            name="name" required maxlength="64" pattern=${NAME} title="Letters, digits, . _ -" autocomplete="off"
+          />
+        <//>
+        <${Field} label="Description"><input name="description" /><//>
+        <${Field} label="Tags, with commas between"><input name="tags" /><//>
+        ${isOperator(me) && html`<${Field} label="Tenant, if it is not for all"><input name="tenant" /><//>`}
+        <${Field} label="Prompts that it is meant for, with an empty line between; about 20">
           <textarea name="samples" rows="6" />
+        <//>
+        <label class="check">
+          <input type="checkbox" name="mismatch" />Take it even if it names another base model
         </label>
-        <label class="check"><input type="checkbox" name="mismatch" />Take it even if it names another base model</label>
-        ${error && html`<p class="bad" role="alert">${error}</p>`}
+        <${Alert} text=${error} />
         <div class="row">
           <button class="primary" disabled=${sent !== null}>Add</button>
-          ${sent !== null && html`<progress max="1" value=${sent} aria-label="Sent" /><span role="status">${sent < 1 && from === "files" ? "Sending" : "The server reads it"}</span>`}
+          ${sent !== null && html`<progress max="1" value=${sent} aria-label="Sent" />`}
+          <span role="status">
+            ${sent !== null && (sent < 1 && from === "files" ? "Sending" : "The server reads it")}
+          </span>
         </div>
       </form>
     <//>
@@ -76,31 +90,35 @@ export function AddDialog({ onClose }) {
 function Files({ files, setFiles }) {
   const known = files.filter((file) => file.name in FIELDS);
   return html`
-    <label class="setting">
-      <span>Files of a PEFT adapter</span>
+    <${Field} label="Files of a PEFT adapter">
       <input
-        id="files" type="file" multiple aria-describedby="files-help"
-        accept=".json,.jsonl,.safetensors,.md" onChange=${(event) => setFiles([...event.currentTarget.files])}
+        type="file" multiple aria-describedby="files-help" accept=".json,.jsonl,.safetensors,.md"
+        onChange=${(event) => setFiles([...event.currentTarget.files])}
       />
-    </label>
+    <//>
     <p id="files-help" class="muted">
-      ${known.length > 0
-        ? `Taken: ${known.map((file) => file.name).join(", ")}`
-        : "adapter_config.json and adapter_model.safetensors; samples.jsonl and README.md if there are any"}
+      ${
+        known.length > 0
+          ? `Taken: ${known.map((file) => file.name).join(", ")}`
+          : "adapter_config.json and adapter_model.safetensors; samples.jsonl and README.md if there are any"
+      }
     </p>
   `;
 }
 
 function Place() {
   return html`
-    <label class="setting">
-      <span>Folder below the server's folder of adapters, or owner/name on the hub</span>
+    <${Field} label="Folder below the server's folder of adapters, or owner/name on the hub">
       <input name="source" required autocomplete="off" />
-    </label>
+    <//>
   `;
 }
 
-const paragraphs = (text) => text.split(/\n\s*\n/).map((part) => part.trim()).filter(Boolean);
+const paragraphs = (text) =>
+  text
+    .split(/\n\s*\n/)
+    .map((part) => part.trim())
+    .filter(Boolean);
 
 function toForm(files, data) {
   const form = new FormData();

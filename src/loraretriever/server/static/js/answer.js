@@ -2,6 +2,7 @@
 import { url } from "./api.js";
 import { duration, plural } from "./format.js";
 import { html, useState } from "./html.js";
+import { Alert } from "./parts.js";
 import { isRunning } from "./play.js";
 
 export function Answer({ id, title, answer }) {
@@ -11,13 +12,13 @@ export function Answer({ id, title, answer }) {
     <article class="answer" aria-labelledby=${`${id}-title`}>
       <header class="row spread">
         <h2 id=${`${id}-title`}>${title}</h2>
-        ${lora && html`<code class="composition" title="As model of a request, this asks for the same composition">${lora.composition}</code>`}
+        ${lora && html`<code class="composition" title="A request's model can be this">${lora.composition}</code>`}
       </header>
       <div id=${`${id}-text`} class="text" aria-busy=${isRunning(answer)}>
         ${text || (isRunning(answer) ? html`<span class="muted">…</span>` : null)}
         ${state === "streaming" && html`<span class="caret" aria-hidden="true"></span>`}
       </div>
-      ${error && html`<p class="bad" role="alert">${error}</p>`}
+      <${Alert} text=${error} />
       <p class="facts">${facts(answer).map((fact) => html`<span key=${fact}>${fact}</span>`)}</p>
       ${!isRunning(answer) && html`<${Curl} request=${answer.request} />`}
     </article>
@@ -34,7 +35,7 @@ function facts({ state, finish, lora, usage, seconds }) {
       found.push(`${Math.round(((usage.completion_tokens - 1) / writing) * 1000)} tokens/s`);
     }
   }
-  if (times.retrieve) found.push(`${duration(times.retrieve)} retrieval`);
+  if (times.retrieve > 0.1) found.push(`${duration(times.retrieve)} retrieval`);
   if (times.first_token != null) found.push(`${duration(times.first_token)} to the first token`);
   if (state !== "waiting" && state !== "streaming") found.push(`${duration(times.total ?? seconds * 1000)} in all`);
   if (finish === "length") found.push("cut at its length");
@@ -45,7 +46,8 @@ function facts({ state, finish, lora, usage, seconds }) {
 /** The same request for a terminal, quoted for a POSIX shell. */
 export function curl(request) {
   const body = JSON.stringify(request, null, 1).replaceAll("'", "'\\''");
-  return `curl ${url("v1/chat/completions")} \\\n  -H 'Content-Type: application/json' -H "Authorization: Bearer $KEY" \\\n  -d '${body}'`;
+  const head = ["Content-Type: application/json", "Authorization: Bearer $KEY"].map((each) => `-H "${each}"`).join(" ");
+  return `curl ${url("v1/chat/completions")} ${head} \\\n  -d '${body}'`;
 }
 
 function Curl({ request }) {

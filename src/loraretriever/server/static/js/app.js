@@ -1,6 +1,7 @@
 // The page: its head, its three parts, and the key if the server wants one.
 import { setTheme, theme } from "./colors.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
+import { Alert, Field } from "./parts.js";
 import { Playground } from "./playground.js";
 import { forgetRoute } from "./play.js";
 import { loadAdapters, loadMap } from "./pool-state.js";
@@ -12,7 +13,10 @@ const PARTS = { playground: "Playground", pool: "Pool", traffic: "Traffic" };
 /** The part and the adapter that the address names, such as #pool/sql. */
 function place() {
   const [part, ...rest] = location.hash.slice(1).split("/");
-  return { part: part in PARTS ? part : "playground", name: rest.length > 0 ? decodeURIComponent(rest.join("/")) : null };
+  return {
+    part: part in PARTS ? part : "playground",
+    name: rest.length > 0 ? decodeURIComponent(rest.join("/")) : null,
+  };
 }
 
 function App() {
@@ -42,7 +46,8 @@ function App() {
       <span class="brand">LoraRetriever</span>
       <nav aria-label="Parts">
         ${Object.entries(PARTS).map(
-          ([id, title]) => html`<a key=${id} href=${`#${id}`} aria-current=${id === part ? "page" : undefined}>${title}</a>`,
+          ([id, title]) =>
+            html`<a key=${id} href=${`#${id}`} aria-current=${id === part ? "page" : undefined}>${title}</a>`,
         )}
       </nav>
       <${Who} />
@@ -58,7 +63,7 @@ function App() {
 function Content({ part, name }) {
   const { state, error } = useStore(session);
   if (state === "wants-key") return html`<${KeyForm} />`;
-  if (state === "failed") return html`<p class="bad" role="alert">${error}</p><button onClick=${() => enter()}>Try again</button>`;
+  if (state === "failed") return html`<${Alert} text=${error} /><button onClick=${() => enter()}>Try again</button>`;
   if (state === "starting") return null;
   if (part === "pool") return html`<${Lazy} key="pool" load=${() => import("./pool.js")} name="Pool" chosen=${name} />`;
   if (part === "traffic") return html`<${Lazy} key="traffic" load=${() => import("./traffic.js")} name="Traffic" />`;
@@ -81,8 +86,8 @@ function KeyForm() {
   return html`
     <form class="key" onSubmit=${submit}>
       <h1>This server needs an API key</h1>
-      <label class="setting"><span>Key</span><input name="key" type="password" required autocomplete="off" spellcheck=${false} /></label>
-      ${error && html`<p class="bad" role="alert">${error}</p>`}
+      <${Field} label="Key"><input name="key" type="password" required autocomplete="off" spellcheck=${false} /><//>
+      <${Alert} text=${error} />
       <p class="muted">It stays in this tab, and is forgotten when the tab is closed.</p>
       <button class="primary">Enter</button>
     </form>
@@ -92,10 +97,13 @@ function KeyForm() {
 function Who() {
   const { me } = useStore(session);
   if (me === null) return html`<span class="who"></span>`;
-  if (me.open) return html`<span class="who muted" title="The server has no API keys; only programs on this machine may ask">no keys</span>`;
+  if (me.open)
+    return html`<span class="who muted" title="Only programs on the server's machine may ask">no keys</span>`;
   return html`
     <span class="who">
-      <span class="muted" title=${`May: ${me.scopes.join(", ")}`}>${me.label}${me.tenant ? ` (${me.tenant})` : ""}</span>
+      <span class="muted" title=${`Scopes: ${me.scopes.join(", ")}`}>
+        ${me.label}${me.tenant ? ` (${me.tenant})` : ""}
+      </span>
       <button class="small" onClick=${leave}>Forget the key</button>
     </span>
   `;
@@ -108,7 +116,7 @@ function Theme() {
     setName(chosen);
   };
   return html`
-    <select class="small theme" aria-label="Theme" value=${name} onChange=${(event) => choose(event.currentTarget.value)}>
+    <select class="small" aria-label="Theme" value=${name} onChange=${(event) => choose(event.currentTarget.value)}>
       <option value="system">System</option>
       <option value="light">Light</option>
       <option value="dark">Dark</option>

@@ -5,7 +5,12 @@ import { html, useEffect, useLayoutEffect, useRef, useState } from "./html.js";
 
 const HEIGHT = 150;
 const WINDOW = 120; // seconds that are shown at least
-const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const clock = new Intl.DateTimeFormat(undefined, {
+  hour: "2-digit",
+  minute: "2-digit",
+  second: "2-digit",
+  hourCycle: "h23",
+});
 
 /** times: seconds since 1970; series: {label, color (a name), values, dashed}; format: a value as text. */
 export function Chart({ title, times, series, format }) {
@@ -17,8 +22,14 @@ export function Chart({ title, times, series, format }) {
 
   useEffect(() => onThemeChange(() => setTheme((count) => count + 1)), []);
   useLayoutEffect(() => {
-    chart.current = new uPlot(options(series, format, palette, point), [times, ...series.map(({ values }) => values)], place.current);
-    const observer = new ResizeObserver(([{ contentRect }]) => chart.current.setSize({ width: contentRect.width, height: HEIGHT }));
+    chart.current = new uPlot(
+      options(series, format, palette, point),
+      [times, ...series.map(({ values }) => values)],
+      place.current,
+    );
+    const observer = new ResizeObserver(([{ contentRect }]) =>
+      chart.current.setSize({ width: contentRect.width, height: HEIGHT }),
+    );
     observer.observe(place.current);
     return () => {
       observer.disconnect();
@@ -36,8 +47,8 @@ export function Chart({ title, times, series, format }) {
           ${series.map(
             ({ label, color, dashed, values }) => html`
               <li key=${label}>
-                <i class=${dashed ? "stroke dashed" : "stroke"} style=${{ borderColor: palette[color] }}></i>${label}${" "}
-                <strong class="number">${values[shown] == null ? "–" : format(values[shown])}</strong>
+                <i class=${dashed ? "stroke dashed" : "stroke"} style=${{ borderColor: palette[color] }}></i>
+                ${label} <strong class="number">${values[shown] == null ? "–" : format(values[shown])}</strong>
               </li>
             `,
           )}

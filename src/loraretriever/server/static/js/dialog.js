@@ -17,8 +17,9 @@ export function Dialog({ title, onClose, children }) {
     event.preventDefault(); // the owner takes the dialog away
     onClose();
   };
+  const onMouseDown = (event) => event.target === dialog.current && onClose(); // beside it
   return html`
-    <dialog ref=${dialog} aria-labelledby=${id} onCancel=${onCancel} onMouseDown=${(event) => event.target === dialog.current && onClose()}>
+    <dialog ref=${dialog} aria-labelledby=${id} onCancel=${onCancel} onMouseDown=${onMouseDown}>
       <div class="dialog-body">
         <header class="row spread">
           <h2 id=${id}>${title}</h2>

@@ -81,11 +81,23 @@ function drawLabels(context, { map, point, bright, project, width, height, color
     const [px, py] = project([x, y]);
     if (px < 0 || px > width || py < 0 || py > height) continue;
     const size = context.measureText(name).width;
-    const places = [[px + 8, py], [px - 8 - size, py], [px - size / 2, py - 12], [px - size / 2, py + 12]];
-    const place = places.find(([left, middle]) => {
-      const box = [left, middle - 7, left + size, middle + 7];
-      return left >= 2 && box[2] <= width - 2 && box[1] >= 2 && box[3] <= height - 2 && !taken.some((other) => overlap(box, other));
-    }) ?? (bright.has(name) ? places[px + 8 + size > width ? 1 : 0] : null);
+    const places = [
+      [px + 8, py],
+      [px - 8 - size, py],
+      [px - size / 2, py - 12],
+      [px - size / 2, py + 12],
+    ];
+    const place =
+      places.find(([left, middle]) => {
+        const box = [left, middle - 7, left + size, middle + 7];
+        return (
+          left >= 2 &&
+          box[2] <= width - 2 &&
+          box[1] >= 2 &&
+          box[3] <= height - 2 &&
+          !taken.some((other) => overlap(box, other))
+        );
+      }) ?? (bright.has(name) ? places[px + 8 + size > width ? 1 : 0] : null);
     if (!place) continue;
     taken.push([place[0], place[1] - 7, place[0] + size, place[1] + 7]);
     context.strokeStyle = colors.panel; // keeps the letters readable over points

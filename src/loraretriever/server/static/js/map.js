@@ -5,13 +5,14 @@ import { colors, onThemeChange } from "./colors.js";
 import { bounds, drawMap, nearest } from "./map-drawing.js";
 
 const PADDING = 28;
+const WHOLE = { scale: 1, x: 0, y: 0 }; // shifts in pixels
 
-/** map: of /v1/map; point: [x, y] of the prompt; chosen: names to bring out; onChoose: called with an adapter's name. */
+/** map: of /v1/map; point: [x, y] of the prompt; chosen: names to bring out; onChoose: is given an adapter's name. */
 export function PoolMap({ map, point, chosen = [], height, onChoose }) {
   const canvas = useRef();
   const [width, setWidth] = useState(0);
   const [hovered, hover] = useState(null);
-  const [zoom, setZoom] = useState({ scale: 1, x: 0, y: 0 }); // shifts in pixels
+  const [zoom, setZoom] = useState(WHOLE);
   const [theme, setTheme] = useState(0);
   const box = useMemo(() => bounds(map, point), [map, point]);
   const project = useMemo(() => projection(box, width, height, zoom), [box, width, height, zoom]);
@@ -47,12 +48,14 @@ export function PoolMap({ map, point, chosen = [], height, onChoose }) {
     return () => canvas.current?.removeEventListener("wheel", onWheel);
   }, [width, height]);
 
-  const summary = `Map of ${map.adapters.length} adapters and ${map.samples.length} samples${point ? ", with the prompt" : ""}`;
+  const drawn = `${map.adapters.length} adapters and ${map.samples.length} samples`;
+  const isWhole = zoom.scale === 1;
   return html`
     <figure class="map">
       <div class="map-frame">
         <canvas
-          ref=${canvas} role="img" aria-label=${summary} class=${zoom.scale > 1 ? "movable" : hovered ? "over" : ""}
+          ref=${canvas} role="img" aria-label=${`Map of ${drawn}${point ? ", with the prompt" : ""}`}
+          class=${isWhole ? (hovered ? "over" : "") : "movable"}
           onPointerDown=${drag.start} onPointerUp=${drag.end} onPointerLeave=${() => hover(null)}
           onPointerMove=${(event) => drag.move(event) || hover(here(event))}
           onClick=${(event) => {
@@ -68,8 +71,8 @@ export function PoolMap({ map, point, chosen = [], height, onChoose }) {
         </span>
         <span class="row tight">
           <button class="small" aria-label="Zoom in" onClick=${() => zoomBy(1.5)}>+</button>
-          <button class="small" aria-label="Zoom out" disabled=${zoom.scale === 1} onClick=${() => zoomBy(1 / 1.5)}>−</button>
-          <button class="small" disabled=${zoom.scale === 1} onClick=${() => setZoom({ scale: 1, x: 0, y: 0 })}>Whole map</button>
+          <button class="small" aria-label="Zoom out" disabled=${isWhole} onClick=${() => zoomBy(1 / 1.5)}>−</button>
+          <button class="small" disabled=${isWhole} onClick=${() => setZoom(WHOLE)}>Whole map</button>
         </span>
       </figcaption>
     </figure>

@@ -23,6 +23,7 @@ export const play = createStore({
 // state: "waiting", "streaming", "done", "stopped" or "failed".
 export const answers = createStore({ adapted: null, base: null });
 
+/** What the strategies do that come with the server; it tells which there are. */
 export const STRATEGIES = {
   selection: "The best adapter alone.",
   mixture: "The weighted sum of the adapters' outputs.",
@@ -68,7 +69,8 @@ export async function route() {
     const { data, milliseconds } = await post("v1/route", request, control.signal);
     if (control === routing) play.set({ route: { ...data[0], milliseconds }, routed, routeError: null });
   } catch (error) {
-    if (control === routing && error.name !== "AbortError") play.set({ route: null, routed, routeError: error.message });
+    if (control === routing && error.name !== "AbortError")
+      play.set({ route: null, routed, routeError: error.message });
   }
 }
 

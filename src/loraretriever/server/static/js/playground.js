@@ -2,6 +2,7 @@
 import { Answer } from "./answer.js";
 import { AdapterSelect } from "./examples.js";
 import { html, useEffect, useRef } from "./html.js";
+import { Field, Lacks } from "./parts.js";
 import { answers, change, generate, isRunning, play, route, stop, STRATEGIES } from "./play.js";
 import { can, isOperator, session } from "./session.js";
 import { useStore } from "./store.js";
@@ -14,7 +15,7 @@ export function Playground() {
     <div class="columns">
       <section class="column" aria-label="Prompt and answer">
         <h1 class="hidden">Playground</h1>
-        ${can(me, "generate") ? null : html`<p class="note">This key may not generate: it lacks the scope generate.</p>`}
+        ${!can(me, "generate") && html`<${Lacks} what="answer prompts" scope="generate" />`}
         <${Prompt} />
         <${Settings} />
         <${Answers} />
@@ -55,9 +56,10 @@ function Prompt() {
 }
 
 function Settings() {
-  const { k, strategy, weighting, maxTokens, temperature, live, tenant, route: known } = useStore(play);
+  const { k, strategy, weighting, maxTokens, temperature, live, tenant } = useStore(play);
   const me = useStore(session, (state) => state.me);
-  const atMost = k ?? (known?.hits.length || 3);
+  const { defaults, strategies } = me;
+  const atMost = k ?? defaults.k;
   return html`
     <div class="settings">
       <div class="setting">
@@ -67,36 +69,37 @@ function Settings() {
           onInput=${(event) => change({ k: Number(event.currentTarget.value) }, 80)}
         />
       </div>
-      <label class="setting">
-        <span>Strategy</span>
-        <select id="strategy" value=${strategy ?? ""} onChange=${(event) => change({ strategy: event.currentTarget.value || null }, 0)}>
-          <option value="">default${!strategy && known && !known.fallback ? `: ${known.strategy}` : ""}</option>
-          ${Object.keys(STRATEGIES).map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
+      <${Field} label="Strategy">
+        <select
+          id="strategy" value=${strategy ?? ""}
+          onChange=${(event) => change({ strategy: event.currentTarget.value || null }, 0)}
+        >
+          <option value="">default: ${defaults.strategy}</option>
+          ${strategies.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
         </select>
-      </label>
-      <label class="setting">
-        <span>Weights</span>
+      <//>
+      <${Field} label="Weights">
         <select
           id="weighting" value=${weighting ?? ""}
           onChange=${(event) => change({ weighting: event.currentTarget.value || null, weights: null }, 0)}
         >
-          <option value="">default</option>
+          <option value="">default: ${defaults.weighting === "score" ? "by score" : "equal"}</option>
           <option value="score">by score</option>
           <option value="uniform">equal</option>
           ${weighting === "own" && html`<option value="own">set by hand</option>`}
         </select>
-      </label>
-      ${strategy && html`<p class="muted hint">${STRATEGIES[strategy]}</p>`}
+      <//>
+      ${STRATEGIES[strategy] && html`<p class="muted hint">${STRATEGIES[strategy]}</p>`}
       <details class="more">
         <summary>More settings</summary>
         <div class="settings">
-          <label class="setting">
-            <span>Tokens at most</span>
+          <${Field} label="Tokens at most">
             <input
-              type="number" min="1" max="4096" value=${maxTokens}
-              onChange=${(event) => event.currentTarget.checkValidity() && play.set({ maxTokens: Number(event.currentTarget.value) })}
+              type="number" min="1" value=${maxTokens}
+              onChange=${({ currentTarget: field }) =>
+                field.checkValidity() && play.set({ maxTokens: field.valueAsNumber })}
             />
-          </label>
+          <//>
           <div class="setting">
             <span class="row spread">
               <label for="temperature">Temperature</label> <output for="temperature">${temperature.toFixed(1)}</output>
@@ -106,18 +109,22 @@ function Settings() {
               onInput=${(event) => play.set({ temperature: Number(event.currentTarget.value) })}
             />
           </div>
-          ${isOperator(me) && html`<label class="setting">
-            <span>As tenant</span>
-            <input value=${tenant ?? ""} onChange=${(event) => change({ tenant: event.currentTarget.value.trim() || null }, 0)} />
-          </label>`}
+          ${isOperator(me) && html`<${AsTenant} tenant=${tenant} />`}
           <label class="check">
-            <input type="checkbox" checked=${live} onChange=${(event) => change({ live: event.currentTarget.checked }, 0)} />
+            <input
+              type="checkbox" checked=${live} onChange=${(event) => change({ live: event.currentTarget.checked }, 0)}
+            />
             Find adapters while I type
           </label>
         </div>
       </details>
     </div>
   `;
+}
+
+function AsTenant({ tenant }) {
+  const onChange = (event) => change({ tenant: event.currentTarget.value.trim() || null }, 0);
+  return html`<${Field} label="As tenant"><input value=${tenant ?? ""} onChange=${onChange} /><//>`;
 }
 
 function Answers() {
@@ -133,19 +140,29 @@ function Answers() {
       >Answer</button>
       <button id="stop" disabled=${!running} onClick=${stop} aria-keyshortcuts="Escape">Stop</button>
       <label class="check">
-        <input id="compare" type="checkbox" checked=${compare} onChange=${(event) => play.set({ compare: event.currentTarget.checked })} />
+        <input
+          id="compare" type="checkbox" checked=${compare}
+          onChange=${(event) => play.set({ compare: event.currentTarget.checked })}
+        />
         Base model beside it
       </label>
       <span class="hidden" role="status">${status(adapted, base)}</span>
     </div>
-    ${!adapted && !base && html`<p class="muted">
-      The adapters that fit the prompt are looked up and joined, and the answer is written with them. Where none fits, the base model answers.
-    </p>`}
-    ${(adapted || base) &&
-    html`<div class=${base ? "answers two" : "answers"}>
+    ${
+      !adapted &&
+      !base &&
+      html`<p class="muted">
+      The adapters that fit the prompt are looked up and joined, and the answer is written with them. Where none fits,
+      the base model answers.
+    </p>`
+    }
+    ${
+      (adapted || base) &&
+      html`<div class=${base ? "answers two" : "answers"}>
       <${Answer} id="adapted" title=${base ? "With adapters" : "Answer"} answer=${adapted} />
       ${base && html`<${Answer} id="base" title="Base model alone" answer=${base} />`}
-    </div>`}
+    </div>`
+    }
   `;
 }
 

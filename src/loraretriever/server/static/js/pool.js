@@ -4,13 +4,14 @@ import { AdapterDialog } from "./adapter.js";
 import { bytes, count, date, day } from "./format.js";
 import { html, useEffect, useMemo, useState } from "./html.js";
 import { PoolMap } from "./map.js";
+import { addressOf, Alert, Lacks } from "./parts.js";
 import { forgetRoute, play } from "./play.js";
 import { hideJob, loadAdapters, loadMap, loadMore, pool, search, update } from "./pool-state.js";
 import { can, isOperator, mayChange, session } from "./session.js";
 import { useStore } from "./store.js";
 
 const open = (name) => {
-  location.hash = `#pool/${encodeURIComponent(name)}`;
+  location.hash = addressOf(name);
 };
 
 export function Pool({ chosen }) {
@@ -22,22 +23,30 @@ export function Pool({ chosen }) {
   useEffect(() => {
     if (mayRead) Promise.all([loadAdapters(), loadMap()]);
   }, [mayRead]);
-  if (!mayRead) return html`<p class="note">This key may not look at the pool: it lacks the scope pool:read.</p>`;
+  if (!mayRead) return html`<${Lacks} what="look at the pool" scope="pool:read" />`;
   const names = chosen ? [chosen] : (route?.hits ?? []).map((hit) => hit.adapter);
   return html`
     <div class="stack">
       <div class="row spread">
         <h1>Pool</h1>
-        <button class="primary" id="add" disabled=${!can(me, "pool:write")} onClick=${() => setAdding(true)}>Add an adapter</button>
+        <button class="primary" id="add" disabled=${!can(me, "pool:write")} onClick=${() => setAdding(true)}>
+          Add an adapter
+        </button>
       </div>
-      ${can(me, "pool:write") ? null : html`<p class="note">This key may not change the pool: it lacks the scope pool:write.</p>`}
+      ${!can(me, "pool:write") && html`<${Lacks} what="change the pool" scope="pool:write" />`}
       ${jobs.map((job) => html`<${Job} key=${job.id} job=${job} />`)}
-      ${error && html`<p class="bad" role="alert">${error}</p>`}
+      <${Alert} text=${error} />
       <div class="pool-columns">
         <section aria-labelledby="map-title">
           <h2 id="map-title">Map</h2>
-          <p class="muted">Near means alike to the retriever. ${route?.point ? "The diamond is the prompt in the playground." : ""}</p>
-          ${map ? html`<${PoolMap} map=${map} point=${route?.point} chosen=${names} height=${420} onChoose=${open} />` : html`<p class="muted">Not there yet.</p>`}
+          <p class="muted">
+            Near means alike to the retriever. ${route?.point && "The diamond is the prompt in the playground."}
+          </p>
+          ${
+            map
+              ? html`<${PoolMap} map=${map} point=${route?.point} chosen=${names} height=${420} onChoose=${open} />`
+              : html`<p class="muted">It is not there yet.</p>`
+          }
         </section>
         <${Table} me=${me} />
       </div>
@@ -48,13 +57,16 @@ export function Pool({ chosen }) {
 }
 
 function Job({ job }) {
-  const done = job.state === "succeeded";
-  const text = job.state === "failed" ? (job.error?.message ?? job.message) : done ? "is in the pool" : job.message || job.state;
+  const [done, failed] = [job.state === "succeeded", job.state === "failed"];
+  const text = failed ? (job.error?.message ?? job.message) : done ? "is in the pool" : job.message || job.state;
   return html`
-    <p class=${job.state === "failed" ? "bad job" : "note job"} role="status">
+    <p class=${failed ? "bad job" : "note job"} role="status">
       <strong>${job.adapter}</strong> ${text}
-      ${!done && job.state !== "failed" && html`<progress max="1" value=${job.progress} aria-label=${`Adding ${job.adapter}`} />`}
-      ${(done || job.state === "failed") && html`<button class="small" onClick=${() => hideJob(job.id)}>Hide</button>`}
+      ${
+        done || failed
+          ? html`<button class="small" onClick=${() => hideJob(job.id)}>Hide</button>`
+          : html`<progress max="1" value=${job.progress} aria-label=${`Adding ${job.adapter}`} />`
+      }
     </p>
   `;
 }
@@ -74,7 +86,9 @@ function Table({ me }) {
   return html`
     <section aria-labelledby="table-title">
       <div class="row spread">
-        <h2 id="table-title">Adapters <span class="muted number">${adapters && `${count(adapters.length)}${hasMore ? "+" : ""}`}</span></h2>
+        <h2 id="table-title">
+          Adapters <span class="muted number">${adapters && count(adapters.length)}${hasMore && "+"}</span>
+        </h2>
         <input
           id="search" type="search" class="search" value=${query} placeholder="Search" aria-label="Search adapters"
           onInput=${(event) => search(event.currentTarget.value)}
@@ -86,8 +100,10 @@ function Table({ me }) {
             ${COLUMNS.map(
               ({ title, number }, column) => html`
                 <th key=${title} scope="col" class=${number ? "number" : ""} aria-sort=${ariaSort(sorting, column)}>
-                  <button class="plain" onClick=${() => sort({ column, down: sorting.column === column && !sorting.down })}>
-                    ${title}<span aria-hidden="true">${sorting.column === column ? (sorting.down ? " ↓" : " ↑") : ""}</span>
+                  <button
+                    class="plain" onClick=${() => sort({ column, down: sorting.column === column && !sorting.down })}
+                  >
+                    ${title}<span aria-hidden="true">${arrow(sorting, column)}</span>
                   </button>
                 </th>
               `,
@@ -103,7 +119,9 @@ function Table({ me }) {
   `;
 }
 
-const ariaSort = (sorting, column) => (sorting.column !== column ? undefined : sorting.down ? "descending" : "ascending");
+const arrow = (sorting, column) => (sorting.column !== column ? "" : sorting.down ? " ↓" : " ↑");
+const ariaSort = (sorting, column) =>
+  sorting.column !== column ? undefined : sorting.down ? "descending" : "ascending";
 
 function sorted(adapters, { column, down }) {
   const { of } = COLUMNS[column];
@@ -115,20 +133,23 @@ function Row({ adapter, me }) {
   const { name, description, tags, samples, ranks, enabled, created, revision } = adapter;
   const owner = isOperator(me) ? adapter.tenant : adapter.shared && me.tenant ? "shared" : null;
   const [error, setError] = useState(null);
+  const [wanted, want] = useState(null); // shown until the server has done it: the list may still come as it was
   const toggle = async () => {
+    want(!enabled);
     try {
       await update(name, { enabled: !enabled });
       setError(null);
     } catch (failure) {
       setError(failure.message);
     }
+    want(null);
     forgetRoute();
   };
   const mayWrite = mayChange(me, adapter);
   return html`
     <tr class=${enabled ? "" : "disabled"}>
       <th scope="row">
-        <a href=${`#pool/${encodeURIComponent(name)}`}>${name}</a>
+        <a href=${addressOf(name)}>${name}</a>
         ${tags.map((tag) => html`<span key=${tag} class="tag">${tag}</span>`)}
         ${owner && html`<span class="tag owner">${owner}</span>`}
         ${description && html`<span class="about">${description}</span>`}
@@ -139,7 +160,10 @@ function Row({ adapter, me }) {
       <td class="number" data-title="">${bytes(adapter.bytes)}</td>
       <td data-title="" title=${`${date(created)}, revision ${revision}`}>${day(created)}</td>
       <td>
-        <input type="checkbox" role="switch" class="switch" checked=${enabled} disabled=${!mayWrite} aria-label=${`${name} enabled`} onChange=${toggle} />
+        <input
+          type="checkbox" role="switch" class="switch" aria-label=${`${name} enabled`}
+          checked=${wanted ?? enabled} disabled=${!mayWrite} onChange=${toggle}
+        />
       </td>
     </tr>
   `;

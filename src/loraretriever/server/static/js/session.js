@@ -16,10 +16,15 @@ export const mayChange = (me, adapter) => can(me, "pool:write") && (me.tenant ==
 
 whenUnauthorized(() => session.set({ state: "wants-key", me: null }));
 
+let wasKnown = false; // the page may hold what an earlier key was shown
+
 export async function enter(secret) {
   if (secret !== undefined) key.set(secret);
   try {
-    session.set({ me: await call("v1/keys/me"), state: "known", error: null });
+    const me = await call("v1/keys/me");
+    if (wasKnown) location.reload();
+    wasKnown = true;
+    session.set({ me, state: "known", error: null });
   } catch (error) {
     if (error.status === 401) {
       const refused = key.get() !== "";
@@ -33,7 +38,7 @@ export async function enter(secret) {
 
 export function leave() {
   key.forget();
-  session.set({ state: "wants-key", me: null, error: null });
+  location.reload(); // nothing stays of what the key was shown
 }
 
 /** Ask until the models are loaded. */

@@ -32,7 +32,11 @@ const GAUGES = {
   slots: "adapter_slots",
   slotsUsed: "adapter_slots_used",
 };
-const QUANTILES = { first: "time_to_first_token_seconds", retrieval: "retrieval_seconds", whole: "e2e_request_latency_seconds" };
+const QUANTILES = {
+  first: "time_to_first_token_seconds",
+  retrieval: "retrieval_seconds",
+  whole: "e2e_request_latency_seconds",
+};
 
 function reading(stats, before) {
   const found = { time: stats.time };
@@ -55,7 +59,10 @@ async function read(signal) {
     const { now, readings } = traffic.get();
     traffic.set({ now: stats, readings: [...readings, reading(stats, now)].slice(-KEPT), error: null });
   } catch (error) {
-    if (error.name !== "AbortError") traffic.set({ error: error.status === 404 ? "This server keeps no figures (its setting metrics is off)." : error.message });
+    if (error.name !== "AbortError")
+      traffic.set({
+        error: error.status === 404 ? "This server keeps no figures (its setting metrics is off)." : error.message,
+      });
   }
 }
 

@@ -2,6 +2,7 @@
 import { Chart } from "./chart.js";
 import { count, duration, plural } from "./format.js";
 import { html, useEffect, useMemo } from "./html.js";
+import { addressOf, Alert, Bar, Lacks } from "./parts.js";
 import { isOperator, session } from "./session.js";
 import { total, traffic, watch } from "./stats.js";
 import { useStore } from "./store.js";
@@ -15,11 +16,14 @@ export function Traffic() {
   useEffect(addStyle, []);
   const { now, readings, error } = useStore(traffic);
   if (!mayRead) {
-    return html`<h1>Traffic</h1><p class="note">This key may not see the server's figures: it lacks the scope admin, or belongs to a tenant.</p>`;
+    return html`
+      <h1>Traffic</h1>
+      <${Lacks} what="see the server's figures" scope="admin, or belongs to a tenant" />
+    `;
   }
   return html`
     <h1>Traffic</h1>
-    ${error && html`<p class="bad" role="alert">${error}</p>`}
+    <${Alert} text=${error} />
     ${now && html`<${Totals} now=${now} />`}
     ${now && html`<${Charts} readings=${readings} />`}
     ${now && html`<${Adapters} now=${now} />`}
@@ -34,7 +38,8 @@ function addStyle() {
   document.head.append(link);
 }
 
-const percent = (part, whole) => (whole > 0 ? `${((100 * part) / whole).toFixed(part > 0 && part < whole ? 1 : 0)} %` : "–");
+const percent = (part, whole) =>
+  whole > 0 ? `${((100 * part) / whole).toFixed(part > 0 && part < whole ? 1 : 0)} %` : "–";
 
 function Totals({ now }) {
   const counter = (name) => total(now, "counters", name);
@@ -51,7 +56,9 @@ function Totals({ now }) {
   };
   return html`
     <dl class="totals">
-      ${Object.entries(facts).map(([term, text]) => html`<div key=${term}><dt>${term}</dt><dd class="number">${text}</dd></div>`)}
+      ${Object.entries(facts).map(
+        ([term, text]) => html`<div key=${term}><dt>${term}</dt><dd class="number">${text}</dd></div>`,
+      )}
     </dl>
   `;
 }
@@ -63,15 +70,55 @@ function uptime(seconds) {
 }
 
 const CHARTS = [
-  { title: "Prompts per second", format: count, lines: [["routed", "routed", "prompt"], ["answered", "answered", "accent"]] },
-  { title: "Tokens per second", format: count, lines: [["read", "read", "prompt"], ["generated", "generated", "accent"]] },
-  { title: "To the first token", format: duration, lines: [["median", "first50", "accent"], ["95 %", "first95", "prompt", true]] },
-  { title: "To the last token", format: duration, lines: [["median", "whole50", "accent"], ["95 %", "whole95", "prompt", true]] },
-  { title: "Retrieval", format: duration, lines: [["median", "retrieval50", "accent"], ["95 %", "retrieval95", "prompt", true]] },
+  {
+    title: "Prompts per second",
+    format: count,
+    lines: [
+      ["routed", "routed", "prompt"],
+      ["answered", "answered", "accent"],
+    ],
+  },
+  {
+    title: "Tokens per second",
+    format: count,
+    lines: [
+      ["read", "read", "prompt"],
+      ["generated", "generated", "accent"],
+    ],
+  },
+  {
+    title: "To the first token",
+    format: duration,
+    lines: [
+      ["median", "first50", "accent"],
+      ["95 %", "first95", "prompt", true],
+    ],
+  },
+  {
+    title: "To the last token",
+    format: duration,
+    lines: [
+      ["median", "whole50", "accent"],
+      ["95 %", "whole95", "prompt", true],
+    ],
+  },
+  {
+    title: "Retrieval",
+    format: duration,
+    lines: [
+      ["median", "retrieval50", "accent"],
+      ["95 %", "retrieval95", "prompt", true],
+    ],
+  },
   {
     title: "Slots and sequences",
     format: count,
-    lines: [["running", "running", "accent"], ["waiting", "waiting", "prompt"], ["slots used", "slotsUsed", "text", true], ["slots", "slots", "muted", true]],
+    lines: [
+      ["running", "running", "accent"],
+      ["waiting", "waiting", "prompt"],
+      ["slots used", "slotsUsed", "text", true],
+      ["slots", "slots", "muted", true],
+    ],
   },
 ];
 
@@ -80,7 +127,12 @@ function Charts({ readings }) {
   return html`
     <div class="charts">
       ${CHARTS.map(({ title, format, lines }) => {
-        const series = lines.map(([label, field, color, dashed]) => ({ label, color, dashed, values: readings.map((each) => each[field]) }));
+        const series = lines.map(([label, field, color, dashed]) => ({
+          label,
+          color,
+          dashed,
+          values: readings.map((each) => each[field]),
+        }));
         return html`<${Chart} key=${title} title=${title} times=${times} series=${series} format=${format} />`;
       })}
     </div>
@@ -100,8 +152,8 @@ function Adapters({ now }) {
         ${used.slice(0, MOST_BARS).map(
           ({ name, value }) => html`
             <li key=${name}>
-              <a href=${`#pool/${encodeURIComponent(name)}`}>${name}</a>
-              <span class="bar" aria-hidden="true"><span class="fill" style=${{ width: `${(100 * value) / most}%` }}></span></span>
+              <a href=${addressOf(name)}>${name}</a>
+              <${Bar} share=${value / most} />
               <span class="number">${count(value)}</span>
             </li>
           `,

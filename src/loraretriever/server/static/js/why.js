@@ -2,6 +2,7 @@
 import { duration, share, shorten, signed } from "./format.js";
 import { html } from "./html.js";
 import { PoolMap } from "./map.js";
+import { addressOf, Alert, Bar, Lacks } from "./parts.js";
 import { change, currentWeights, play, resetWeights, route as findRoute, setWeight } from "./play.js";
 import { pool } from "./pool-state.js";
 import { can, session } from "./session.js";
@@ -20,43 +21,60 @@ export function Why() {
         ${weighting === "own" && html`<button class="small" onClick=${resetWeights}>Back to the weights found</button>`}
         ${!live && html`<button class="small" onClick=${findRoute}>Find adapters</button>`}
       </div>
-      ${can(me, "route") ? null : html`<p class="note">This key may not show how prompts are routed: it lacks the scope route.</p>`}
-      ${routeError && html`<p class="bad" role="alert">${routeError}</p>`}
-      ${route ? html`<${Fit} route=${route} state=${state} />` : html`<p class="muted">They are found while you type.</p>`}
+      ${!can(me, "route") && html`<${Lacks} what="see how prompts are routed" scope="route" />`}
+      <${Alert} text=${routeError} />
+      ${
+        route
+          ? html`<${Fit} route=${route} state=${state} />`
+          : html`<p class="muted">${live && can(me, "route") && "They are found while you type."}</p>`
+      }
       <ol class="hits">
-        ${(route?.hits ?? []).map((hit, index) => html`<${HitRow} key=${hit.adapter} hit=${hit} state=${state} open=${index === 0} />`)}
+        ${(route?.hits ?? []).map(
+          (hit, index) => html`<${HitRow} key=${hit.adapter} hit=${hit} state=${state} open=${index === 0} />`,
+        )}
       </ol>
-      ${map && html`<${PoolMap} map=${map} point=${route?.point} chosen=${names} height=${260} onChoose=${openAdapter} />`}
+      ${
+        map &&
+        html`<${PoolMap} map=${map} point=${route?.point} chosen=${names} height=${260} onChoose=${openAdapter} />`
+      }
     </section>
   `;
 }
 
 const openAdapter = (name) => {
-  location.hash = `#pool/${encodeURIComponent(name)}`;
+  location.hash = addressOf(name);
 };
 
 function Fit({ route, state }) {
   const { fit, threshold, fallback } = route;
-  const sum = Object.values(currentWeights(state)).some((weight) => weight > 0);
+  const isUsed = Object.values(currentWeights(state)).some((weight) => weight > 0);
   const [low, high] = [Math.min(0, fit, threshold), Math.max(1, fit, threshold)];
   const place = (value) => `${(100 * (value - low)) / (high - low)}%`;
   const verdict = state.weights
-    ? sum ? "The answer uses the weights that you set." : "All weights are zero: the base model answers."
-    : fallback ? "No adapter fits well enough: the base model answers." : null;
+    ? isUsed
+      ? "The answer uses the weights that you set."
+      : "All weights are zero: the base model answers."
+    : fallback
+      ? "No adapter fits well enough: the base model answers."
+      : null;
   return html`
     <div class="fit">
       <div class="row spread">
-        <span>Fit <strong class="number">${share(fit)}</strong> <span class="muted">needs ${share(threshold)}</span></span>
+        <span>
+          Fit <strong class="number">${share(fit)}</strong> <span class="muted">needs ${share(threshold)}</span>
+        </span>
         <span class="muted number">${duration(route.milliseconds)}</span>
       </div>
       <div
-        class="meter" role="meter" aria-label="Fit of the best adapter" aria-valuenow=${share(fit)} aria-valuemin=${low} aria-valuemax=${high}
+        class="meter" role="meter" aria-label="Fit of the best adapter"
+        aria-valuenow=${share(fit)} aria-valuemin=${low} aria-valuemax=${high}
         aria-valuetext=${`${share(fit)}, the threshold is ${share(threshold)}`}
       >
         <span class=${fallback ? "fill weak" : "fill"} style=${{ width: place(fit) }}></span>
         <span class="tick" style=${{ left: place(threshold) }}></span>
       </div>
-      ${verdict ? html`<p class="note" role="status">${verdict}</p>` : html`<code class="composition">${route.composition}</code>`}
+      ${verdict && html`<p class="note" role="status">${verdict}</p>`}
+      ${!verdict && route.adapters.length > 1 && html`<code class="composition">${route.composition}</code>`}
     </div>
   `;
 }
@@ -67,8 +85,8 @@ function HitRow({ hit, state, open }) {
   return html`
     <li class=${weight > 0 ? "hit" : "hit unused"}>
       <div class="hit-line">
-        <a class="name" href=${`#pool/${encodeURIComponent(hit.adapter)}`}>${hit.adapter}</a>
-        <span class="bar" aria-hidden="true"><span class="fill" style=${{ width: `${100 * Math.max(0, Math.min(1, hit.score))}%` }}></span></span>
+        <a class="name" href=${addressOf(hit.adapter)}>${hit.adapter}</a>
+        <${Bar} share=${hit.score} />
         <span class="number"><span class="hidden">score </span>${share(hit.score)}</span>
       </div>
       <div class="weight">
@@ -90,7 +108,8 @@ function Reason({ reason, open }) {
   return html`
     <details open=${open}>
       <summary>
-        Meaning and form <span class="number">${signed(dense)}</span>, words <span class="number">${signed(sparse)}</span>
+        Meaning and form <span class="number">${signed(dense)}</span>, words${" "}
+        <span class="number">${signed(sparse)}</span>
         ${penalty > 0.005 && html`, counter samples <span class="number">${signed(-penalty)}</span>`}
       </summary>
       ${samples.length > 0 && html`<h3>Nearest samples</h3>`}
@@ -112,9 +131,7 @@ function Reason({ reason, open }) {
           ({ term, part }) => html`
             <li key=${term}>
               <code>${term}</code>
-              <span class="bar" aria-hidden="true">
-                <span class=${part < 0 ? "fill against" : "fill"} style=${{ width: `${(100 * Math.abs(part)) / largest}%` }}></span>
-              </span>
+              <${Bar} share=${Math.abs(part) / largest} against=${part < 0} />
               <span class="number">${signed(part)}</span>
             </li>
           `,
