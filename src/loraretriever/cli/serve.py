@@ -83,7 +83,9 @@ def serve(
         float | None, typer.Option(help="Seconds that running requests have at the end.", show_default="30")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
-    log_format: Annotated[str | None, typer.Option(help="json, text, or auto: text on a terminal.", show_default="auto")] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="json, text; auto: text on a terminal.", show_default="auto")
+    ] = None,
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts", help="Put prompts into the log.", show_default="no")
     ] = None,

@@ -69,6 +69,7 @@ class Answering:
         self._operation = operation
         self._inbox: Inbox[int] = Inbox()
         self._record = observe.current()
+        self._left = len(asks) * (body.n or 1)  # answers to come
         self._is_over = False
 
     async def start(self) -> None:
@@ -115,9 +116,8 @@ class Answering:
 
         The last piece of an answer comes when the answer is complete: see `generations`.
         """
-        left = len(self.answers) * (self.body.n or 1)
         last: dict[tuple[int, int], Piece] = {}
-        while left:
+        while not self.is_complete:
             received = await self._inbox.get(KEEP_ALIVE_SECONDS)
             if received is None:
                 yield None
@@ -127,12 +127,21 @@ class Answering:
                 raise event
             if isinstance(event, Generation):
                 self._done(position, event)
-                left -= 1
                 yield position, last.pop((position, event.index))
             elif event.finish_reason is not None:
                 last[position, event.index] = event
             else:
                 yield position, event
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all answers are complete."""
+        return not self._left
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next event has not come yet."""
+        return self._inbox.is_empty
 
     @property
     def generations(self) -> list[Generation]:
@@ -252,6 +261,7 @@ class Answering:
             raise ApiError(503, f"the request waited for {seconds:.0f} s; try again later.", retry_after=5.0)
         answer = self.answers[position]
         answer.generations.append(generation)
+        self._left -= 1
         self.state.metrics.answered(generation, answer.submission.retrieval_seconds)
         self._record.answered(generation, answer.submitted_ns)
         self._charge(generation, is_first=len(answer.generations) == 1)

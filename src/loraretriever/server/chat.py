@@ -154,18 +154,26 @@ def _whole(answering: Answering, body: AnswerBody, form: Form) -> dict[str, Any]
     return found
 
 
-async def _stream(answering: Answering, body: AnswerBody, form: Form) -> AsyncIterator[bytes]:
-    """The answers as server-sent events. After an error there is an event that tells it, and nothing more."""
+async def _stream(answering: Answering, body: AnswerBody, form: Form) -> AsyncIterator[tuple[bytes, bool]]:
+    """The answers as server-sent events, those together that are there together; True with the last.
+
+    After an error there is an event that tells it, and nothing more. An error before all events is raised.
+    """
     writer = _Writer(answering, body, form)
+    ready = writer.beginning()
+    has_begun = False
     try:
-        for each in writer.beginning():
-            yield each
         async for received in answering.events():
-            yield KEEP_ALIVE if received is None else writer.piece(*received)
-        for each in writer.ending():
-            yield each
+            ready.append(KEEP_ALIVE if received is None else writer.piece(*received))
+            if answering.is_waiting and not answering.is_complete:
+                has_begun = True
+                yield b"".join(ready), False
+                ready.clear()
+        yield b"".join([*ready, *writer.ending()]), True
     except Exception as error:
-        yield event(to_api_error(error).body())
+        if not has_begun:
+            raise
+        yield event(to_api_error(error).body()), True
     finally:
         answering.abort()
 

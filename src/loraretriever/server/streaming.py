@@ -32,6 +32,11 @@ class Inbox(Generic[T]):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether `get` would wait."""
+        return not self._events
+
     async def get(self, timeout: float | None = None) -> tuple[T, Event] | None:
         """The next event; None when none came within `timeout` seconds."""
         while not self._events:
@@ -91,14 +96,20 @@ async def until_disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. When the client goes, `on_gone` is called at once and the stream ends."""
+    """Server-sent events. When the client goes, `on_gone` is called at once and the stream ends.
+
+    The answer begins with the first events: an error before them is answered as any other, with its own status.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], on_gone: Callable[[], None], headers: dict[str, str] | None = None
+        self,
+        events: AsyncIterator[tuple[bytes, bool]],
+        on_gone: Callable[[], None],
+        headers: dict[str, str] | None = None,
     ) -> None:
-        """`events` are whole events, with their empty line; `on_gone` must not block."""
+        """`events`: whole events, with their empty lines, and whether they are the last; `on_gone` must not block."""
         self._stream = events
         self._on_gone = on_gone
         self.status_code = 200
@@ -107,7 +118,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         sending = asyncio.ensure_future(self._send(send))
         watching = asyncio.ensure_future(until_disconnect(receive))
         try:
@@ -122,6 +132,9 @@ class EventStream(Response):
             sending.result()
 
     async def _send(self, send: Send) -> None:
-        async for event in self._stream:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        is_first = True
+        async for events, is_last in self._stream:
+            if is_first:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                is_first = False
+            await send({"type": "http.response.body", "body": events, "more_body": not is_last})
