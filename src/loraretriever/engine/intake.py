@@ -14,6 +14,9 @@ from loraretriever.models import BaseModel, render_prompt
 from loraretriever.types import Request
 
 
+_LIKELY_CHARACTERS = 8  # of a token: few texts have more
+
+
 class Intake:
     """Looks at what comes in, without the engine's lock. For any thread."""
 
@@ -49,12 +52,14 @@ class Intake:
         """The tokens that the model reads for a request; `position`: its place among others, for messages.
 
         Raises:
-            InvalidInputError: the model does not know one, or the chat template refuses the messages.
+            InvalidInputError: the model does not know one, there are far too many, or the chat template refuses the
+                messages.
         """
         if request.tokens:
             ids = list(request.tokens)
         else:
             text = render_prompt(self._tokenizer, request.prompt, request.chat, request.messages)
+            self._check_beginnings(text, position)
             rendered = request.chat and bool(self._tokenizer.chat_template)  # which writes the special tokens itself
             ids = self._tokenizer(text, add_special_tokens=not rendered).input_ids
         self._check_known(ids, f"prompt {position + 1}")
@@ -68,6 +73,18 @@ class Intake:
         """
         self._check_known(tokens, "the prompt")
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _check_beginnings(self, text: str, position: int) -> None:
+        """Refuse what is far too long by a part of it: reading all would take memory and time without need."""
+        size = _LIKELY_CHARACTERS * self._longest
+        while size < len(text):
+            count = len(self._tokenizer(text[:size]).input_ids)
+            if count > self._longest:
+                raise InvalidInputError(
+                    f"prompt {position + 1} has more than {count} tokens; the model takes {self._longest} in all. Shorten "
+                    "the prompt."
+                )
+            size *= 4
 
     def _check_known(self, ids: Ordered[int], name: str) -> None:
         for token in (min(ids, default=0), max(ids, default=0)):

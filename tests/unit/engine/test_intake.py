@@ -124,3 +124,22 @@ def test_the_longest_request_is_that_of_model_or_memory(base: BaseModel, pool: P
     with pytest.raises(InvalidInputError, match="cache"):
         engine.submit(Request("", sampling=Sampling(max_tokens=2), tokens=ids))
     engine.close()
+
+
+def test_a_text_that_is_far_too_long_is_not_read_as_a_whole(
+    engine: LocalEngine, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    tokenizer = type(base.tokenizer)
+    original = tokenizer.__call__
+
+    def spy(self: Any, text: str, **options: Any) -> Any:
+        read.append(len(text))
+        return original(self, text, **options)
+
+    monkeypatch.setattr(tokenizer, "__call__", spy)
+    with pytest.raises(InvalidInputError, match="prompt 1 has more than 4096 tokens; the model takes 512 in all"):
+        engine.submit(Request("x" * 100_000))
+    assert read == [4096]
+    with pytest.raises(InvalidInputError, match="prompt 1 has 1002 tokens and asks"):  # nearer, and told exactly
+        engine.submit(Request("x" * 1000, sampling=ASK))
