@@ -141,5 +141,5 @@ def test_a_text_that_is_far_too_long_is_not_read_as_a_whole(
     with pytest.raises(InvalidInputError, match="prompt 1 has more than 4096 tokens; the model takes 512 in all"):
         engine.submit(Request("x" * 100_000))
     assert read == [4096]
-    with pytest.raises(InvalidInputError, match="prompt 1 has 1002 tokens and asks"):  # nearer, and told exactly
+    with pytest.raises(InvalidInputError, match="prompt 1 has 1003 tokens and asks"):  # nearer, and told exactly
         engine.submit(Request("x" * 1000, sampling=ASK))
