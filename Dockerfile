@@ -5,14 +5,15 @@ ARG PYTHON=3.11
 FROM python:${PYTHON}-slim AS build
 # The extras to install. For the demo's pool and its models: serve,otel,demo
 ARG EXTRAS=serve,otel
-# torch for CPUs; for NVIDIA's GPUs give the index of a CUDA version, such as https://download.pytorch.org/whl/cu128
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where pip also looks for torch: the address of PyTorch's wheels for CPUs makes the image gigabytes smaller. Empty: the
+# default build, for NVIDIA's GPUs.
+ARG TORCH_INDEX=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PATH=/opt/venv/bin:$PATH
 RUN python -m venv /opt/venv
 WORKDIR /build
 # A layer of its own: torch is large, and changes seldom. Of equal versions pip takes the one with a local part (+cpu).
 COPY constraints.txt ./
-RUN pip install -c constraints.txt --extra-index-url "$TORCH_INDEX" torch
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 COPY demo demo
