@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,8 +74,20 @@ def test_serve_until_told_to_stop(settings: Path, pool: Path) -> None:
         assert all(json.loads(line)["level"] in ("info", "warning") for line in err.splitlines()), "JSON by default"
 
 
+def found(url: str, key: str, prompt: str) -> set[str]:
+    """What many requests at once, on connections of their own and thus by any worker, find first."""
+
+    def route(_: int) -> str:
+        headers = {"authorization": f"Bearer {key}"}
+        answer = httpx.post(url + "/v1/route", json={"input": prompt}, headers=headers, timeout=WAIT, trust_env=False)
+        return str(answer.json()["data"][0]["hits"][0]["adapter"])
+
+    with ThreadPoolExecutor(16) as threads:
+        return set(threads.map(route, range(32)))
+
+
 @pytest.mark.slow
-def test_workers_serve_one_pool_with_keys(settings: Path, pool: Path) -> None:
+def test_workers_serve_one_pool_with_keys(settings: Path, pool: Path, models: Path, tmp_path: Path) -> None:
     with Pool.open(pool) as opened:
         secret, _ = opened.keys.create("tester", ["admin"])
     with program("--config", settings, "--workers", 2, "--host", "0.0.0.0") as process:
@@ -84,6 +97,16 @@ def test_workers_serve_one_pool_with_keys(settings: Path, pool: Path) -> None:
         assert chat(url).status_code == 401
         for _ in range(6):
             assert chat(url, secret).status_code == 200
+        folder = write_peft_folder(tmp_path / "math", seed=9, base_model=str(models / "base"))
+        files = {"config": folder / "adapter_config.json", "weights": folder / "adapter_model.safetensors"}
+        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=WAIT) as client:
+            upload = {part: file.read_bytes() for part, file in files.items()}
+            details = {"name": "math", "samples": '{"inputs": "How much is 12 times 9?"}'}
+            added = client.post("/v1/adapters?wait=true", files=upload, data=details)
+            assert added.status_code == 201, added.text
+            assert found(url, secret, "How much is 12 times 9?") == {"math"}
+            assert client.delete("/v1/adapters/math").status_code == 200
+            assert "math" not in found(url, secret, "How much is 12 times 9?")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=WAIT)
         assert process.returncode == 0, err

@@ -13,7 +13,6 @@ from loraretriever.errors import InvalidInputError
 from loraretriever.models import BaseModel, render_prompt
 from loraretriever.types import Request
 
-
 _LIKELY_CHARACTERS = 8  # of a token: few texts have more
 
 
@@ -81,8 +80,8 @@ class Intake:
             count = len(self._tokenizer(text[:size]).input_ids)
             if count > self._longest:
                 raise InvalidInputError(
-                    f"prompt {position + 1} has more than {count} tokens; the model takes {self._longest} in all. Shorten "
-                    "the prompt."
+                    f"prompt {position + 1} has more than {count} tokens; the model takes {self._longest} in all. "
+                    "Shorten the prompt."
                 )
             size *= 4
 
