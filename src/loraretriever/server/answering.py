@@ -85,8 +85,12 @@ class Answering:
             raise
 
     def abort(self) -> None:
-        """End what still runs, and free its room."""
+        """End what still runs, and free its room; a moment later, because it may wait for the engine's lock."""
         self._is_over = True
+        if not self.is_complete and self.answers:
+            self.state.later(self._abort_all)
+
+    def _abort_all(self) -> None:
         for answer in self.answers:
             answer.submission.answers.abort()
 

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from starlette.requests import HTTPConnection
@@ -76,8 +77,9 @@ class ServerState:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def later(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call what blocks in a thread, and do not wait for it."""
-        self._threads.submit(function, *args, **kwargs)
+        """Call what blocks in a thread, and do not wait for it. When the threads have ended, nothing is called."""
+        with suppress(RuntimeError):
+            self._threads.submit(function, *args, **kwargs)
 
     def check_serving(self) -> None:
         """Raises an error unless the models are loaded and new work is taken."""
