@@ -7,6 +7,7 @@ in a way that is not there (tools, say) are refused as well; those that do not (
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -123,9 +124,9 @@ class AnswerBody(Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many log-probabilities beside each token's own; None: none at all."""
-        raise NotImplementedError
 
 
 class TextPart(Body):
