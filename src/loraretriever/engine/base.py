@@ -78,14 +78,6 @@ class Engine(Protocol):
         """What it is doing, and what it has done so far. Quick, and for any thread."""
         ...
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until those that were taken have ended; False: some have not.
-
-        Args:
-            timeout: seconds to wait at most; None: as long as it takes.
-        """
-        ...
-
     def close(self) -> None:
         """End what runs and let go of the model."""
         ...

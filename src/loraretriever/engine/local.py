@@ -79,7 +79,6 @@ class LocalEngine:
         self._intake = Intake(base, self._runner, self._adapters)
         self._thread: threading.Thread | None = None
         self._woken = False
-        self._stopping = False  # takes no more requests
         self._closed = False
 
     def submit(self, request: Request) -> Stream:
@@ -178,20 +177,10 @@ class LocalEngine:
             adapter_evictions=store.evictions,
         )
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until those that were taken have ended; False: some have not.
-
-        Args:
-            timeout: seconds to wait at most; None: as long as it takes.
-        """
-        with self._lock:
-            self._stopping = True
-            return self._lock.wait_for(lambda: not self._steps.sequences, timeout)
-
     def close(self) -> None:
         """Abort what runs, stop the threads, and give the model its own modules back. May be called twice."""
         with self._lock:
-            self._stopping = self._closed = True
+            self._closed = True
             thread = self._thread
             self._lock.notify_all()
         if thread is not None:
@@ -217,7 +206,7 @@ class LocalEngine:
             self._wake()
 
     def _check_open(self) -> None:
-        if self._stopping:
+        if self._closed:
             raise OverloadedError("the engine is stopping and takes no more requests; send it to another one.")
 
     def _try_add(self, sequences: list[Sequence]) -> bool:
@@ -234,7 +223,6 @@ class LocalEngine:
             return
         with self._lock:
             self._steps.abort(sequences)
-            self._lock.notify_all()  # `drain` may wait for them
         self._unheard.deliver()
 
     def _wake(self) -> None:
@@ -246,8 +234,6 @@ class LocalEngine:
         """What the engine's thread does."""
         while True:
             with self._lock:
-                if not self._steps.sequences:
-                    self._lock.notify_all()  # `drain` may wait for it
                 if not self._steps.sequences and not self._closed:
                     self._lock.wait(_LINGER)
                 if not self._steps.sequences or self._closed:

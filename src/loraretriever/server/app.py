@@ -57,7 +57,7 @@ def create_app(retriever: LoraRetriever, settings: ServerSettings, *, multiproce
     """
     metrics = Metrics(multiprocess_dir)
     limiter = Limiter(retriever.pool.state_folder / limits.FILE if multiprocess_dir is not None else None)
-    state = ServerState(retriever, settings, metrics, limiter, JobRunner(retriever.pool))
+    state = ServerState(retriever, settings, metrics, limiter, JobRunner(retriever.pool, on_state=metrics.job))
     app = FastAPI(
         title="LoraRetriever",
         version=loraretriever.__version__,
@@ -123,6 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await state.run(state.jobs.close, state.seconds_to_stop)
         await asyncio.get_running_loop().run_in_executor(None, loading.join)
         state.close()
+        state.limiter.close()
         state.metrics.close()
 
 

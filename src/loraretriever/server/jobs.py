@@ -21,6 +21,7 @@ from loraretriever.errors import LoraRetrieverError, OverloadedError
 from loraretriever.pool import Job, JobError, Pool, public_name
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import STOPPING, ApiError, to_api_error
+from loraretriever.server.metrics import JobState
 from loraretriever.server.state import ServerState, server_state
 
 _log = logging.getLogger(__name__)
@@ -45,12 +46,15 @@ class _Task:
 class JobRunner:
     """Runs jobs in threads. What they tell of themselves is in `pool.jobs`."""
 
-    def __init__(self, pool: Pool, threads: int = 2) -> None:
-        """`pool` is closed by the caller, after this."""
+    def __init__(
+        self, pool: Pool, threads: int = 2, on_state: Callable[[str, JobState], None] = lambda kind, state: None
+    ) -> None:
+        """`pool` is closed by the caller, after this; `on_state` hears of each job's kind and its new state."""
         self._store = pool.jobs
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="jobs")
         self._lock = threading.Lock()
         self._tasks: dict[str, _Task] = {}  # those that are not done
+        self._on_state = on_state
         self._is_closed = False
 
     def check_takes(self, tenant: str | None) -> None:
@@ -65,29 +69,6 @@ class JobRunner:
         if sum(task.job.tenant == tenant for task in list(self._tasks.values())) >= MAX_UNFINISHED:
             raise OverloadedError(f"{MAX_UNFINISHED} jobs are not done yet; send this again when some are.")
 
-    def submit(
-        self,
-        kind: str,
-        tenant: str | None,
-        subject: str,
-        work: Callable[[Progress], Result],
-        cleanup: Callable[[], None] = lambda: None,
-    ) -> Job:
-        """Start work; what it returns becomes the job's result, and an error that it raises the job's error.
-
-        Args:
-            kind: what is done, in a word.
-            tenant: whose job it is; None: nobody's.
-            subject: the pool's name of the adapter that it is about.
-            work: tells its progress by calling its argument.
-            cleanup: is called at the end, however that comes, unless an error is raised here.
-
-        Raises:
-            ApiError: the server is stopping.
-            OverloadedError: too many jobs of this tenant are not done yet.
-        """
-        return self.start(kind, tenant, subject, work, cleanup)[0]
-
     def start(
         self,
         kind: str,
@@ -96,11 +77,24 @@ class JobRunner:
         work: Callable[[Progress], Result],
         cleanup: Callable[[], None] = lambda: None,
     ) -> tuple[Job, Future[Result]]:
-        """As `submit`; gives also what to wait for: the result, or the ApiError that the job ended with."""
+        """Start work; gives the job, and what to wait for: the result, or the ApiError that it ended with.
+
+        Args:
+            kind: what is done, in a word.
+            tenant: whose job it is; None: nobody's.
+            subject: the pool's name of the adapter that it is about.
+            work: tells its progress by calling its argument; what it returns becomes the job's result.
+            cleanup: is called at the end, however that comes, unless an error is raised here.
+
+        Raises:
+            ApiError: the server is stopping.
+            OverloadedError: too many jobs of this tenant are not done yet.
+        """
         with self._lock:
             self.check_takes(tenant)
             task = _Task(self._store.create(kind, tenant, subject), work, cleanup)
             self._tasks[task.job.id] = task
+            self._on_state(kind, "queued")
             self._executor.submit(self._run, task)
         return task.job, task.outcome
 
@@ -123,6 +117,7 @@ class JobRunner:
             if task.job.id not in self._tasks:  # `close` has ended it
                 return
             task.has_begun = True
+        self._on_state(task.job.kind, "running")
 
         def tell(progress: float, message: str) -> None:
             if task.job.id in self._tasks:
@@ -145,6 +140,7 @@ class JobRunner:
         with self._lock:
             if self._tasks.pop(task.job.id, None) is None:
                 return
+        self._on_state(task.job.kind, "failed" if isinstance(outcome, ApiError) else "succeeded")
         try:
             if isinstance(outcome, ApiError):
                 _log.warning("job %s (%s %s) failed: %s", task.job.id, task.job.kind, task.job.subject, outcome.message)
@@ -167,7 +163,7 @@ class JobObject(BaseModel):
     object: Literal["job"] = "job"
     kind: str
     adapter: str
-    state: Literal["queued", "running", "succeeded", "failed"]
+    state: JobState
     progress: float
     message: str
     result: dict[str, Any] | None

@@ -9,7 +9,7 @@ import pytest
 
 from loraretriever.engine.local import LocalEngine
 from loraretriever.engine.stream import Stream, Unheard
-from loraretriever.errors import EngineError, OverloadedError
+from loraretriever.errors import EngineError
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
 from loraretriever.types import Composition, Generation, Piece, Request, Sampling
@@ -187,8 +187,8 @@ def test_a_broken_listener_hurts_only_its_own_request(engine: LocalEngine, caplo
     beside = engine.submit(Request("fine", sampling=Sampling(max_tokens=40, ignore_end=True)))
     engine.submit(Request("tell me", sampling=LONG)).listen(broken)
     assert beside.result()[0].completion_tokens == 40
-    assert engine.drain(WAIT)
-    assert engine.stats().generated_tokens < 240  # it was aborted
+    assert engine.stats().running == 0  # it was aborted
+    assert engine.stats().generated_tokens < 50
     assert caplog.text.count("ValueError: broken") == 1
 
 
@@ -203,27 +203,3 @@ def test_the_listener_of_an_aborted_or_closed_request_hears_of_it(base: BaseMode
     engine.close()
     assert [listener.generations[0].finish_reason for listener in listeners] == ["aborted", "aborted"]
     assert not any(listener.overlapped for listener in listeners)
-
-
-def test_a_draining_engine_ends_what_it_has(base: BaseModel, pool: Pool) -> None:
-    engine = LocalEngine(base, pool, cache_mib=8, batch_size=1)
-    streams = [engine.submit(Request(f"{i}", ADAPTER, LONG)) for i in range(2)]
-    assert not engine.drain(0.0)
-    with pytest.raises(OverloadedError, match="stopping"):
-        engine.submit(Request("more"))
-    assert engine.drain(WAIT)
-    assert [stream.result()[0].completion_tokens for stream in streams] == [200, 200]
-    engine.close()
-    assert engine.drain(0.0)
-
-
-def test_drain_hears_of_aborts(base: BaseModel, pool: Pool) -> None:
-    engine = LocalEngine(base, pool, cache_mib=8, batch_size=1)
-    stream = engine.submit(Request("x", sampling=LONG))
-    drained: list[bool] = []
-    thread = threading.Thread(target=lambda: drained.append(engine.drain(WAIT)))
-    thread.start()
-    stream.abort()
-    thread.join(WAIT)
-    assert drained == [True]
-    engine.close()

@@ -479,3 +479,11 @@ def test_a_plain_folder_takes_adapters_too(tmp_path: Path, models: Path, adapter
         assert str(tmp_path) not in error["message"]
         client.delete("/v1/adapters/cook")
         assert not (tmp_path / "pool" / "cook").exists()
+
+
+def test_jobs_count_in_the_figures(serve: Callable[..., Any], models: Path, tmp_path: Path) -> None:
+    folder = write_peft_folder(tmp_path / "cook", base_model=str(models / "base"), seed=7)
+    with serve() as served, served.client() as client:
+        upload(client, folder)
+        jobs = client.get("/v1/stats").json()["counters"]["jobs_total"]
+    assert {each["labels"]["state"]: each["value"] for each in jobs} == {"queued": 1, "running": 1, "succeeded": 1}

@@ -108,7 +108,7 @@ def test_one_tenants_jobs_leave_room_for_others(runner: JobRunner) -> None:
     gates = [Gate() for _ in range(MAX_UNFINISHED)]
     outcomes = [runner.start("add", "acme", "acme:sql", gate.work)[1] for gate in gates]
     with pytest.raises(OverloadedError, match="not done yet"):
-        runner.submit("add", "acme", "acme:sql", gates[0].work)
+        runner.start("add", "acme", "acme:sql", gates[0].work)
     with pytest.raises(OverloadedError):
         runner.check_takes("acme")
     runner.check_takes(None)
@@ -132,7 +132,7 @@ def test_closing_waits_for_what_runs_and_ends_what_waits(pool: Pool) -> None:
     with pytest.raises(ApiError, match="stopping"):  # at once: the first one still runs
         outcome.result(SECONDS)
     with pytest.raises(ApiError, match="stopping"):
-        runner.submit("add", None, "german", first.work)
+        runner.start("add", None, "german", first.work)
     first.go_on.set()
     closing.join()
     assert read(pool, running).state == "succeeded"
@@ -190,3 +190,16 @@ def test_who_reads_of_which_jobs(serve: Callable[..., Any]) -> None:
     (own,) = found["acme"]
     assert own["adapter"] == "sql" and own["state"] == "failed"
     assert own["error"] == {"message": "the rank is 0", "code": "adapter_refused"}
+
+
+def test_states_are_told(pool: Pool) -> None:
+    told: list[tuple[str, str]] = []
+    runner = JobRunner(pool, on_state=lambda kind, state: told.append((kind, state)))
+
+    def fail(tell: Progress) -> dict[str, Any]:
+        raise AdmissionError("no")
+
+    runner.start("add", None, "sql", lambda tell: {})[1].result(SECONDS)
+    assert isinstance(runner.start("add", None, "sql", fail)[1].exception(SECONDS), ApiError)
+    runner.close(SECONDS)
+    assert told == [("add", state) for state in ("queued", "running", "succeeded", "queued", "running", "failed")]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -327,3 +327,25 @@ def test_without_the_extra_the_error_names_it() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
     assert "pip install 'loraretriever[otel]'" in ended.stderr
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_whole_server_traces_each_stage(
+    spans: InMemorySpanExporter, serve: Callable[..., Any], stream: bool
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Write a query."}], "max_tokens": 4, "stream": stream}
+    with serve() as served, served.client() as client:
+        spans.clear()  # of the polls until it was ready
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        assert client.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+    found = {each.name: each for each in spans.get_finished_spans() if f"{each.context.trace_id:032x}" == TRACE}
+    stages = [f"loraretriever.{name}" for name in ("encode", "search", "compose", "queue", "prefill", "decode")]
+    assert set(found) == {*stages, "POST /v1/chat/completions"}, "each once, and nobody else's"
+    root = found["POST /v1/chat/completions"]
+    assert all(found[name].parent.span_id == root.context.span_id for name in stages)
+    starts = [found[name].start_time for name in stages]
+    assert starts == sorted(starts)
+    assert all(root.start_time <= found[name].start_time <= found[name].end_time <= root.end_time for name in stages)
+    assert root.attributes["gen_ai.request.model"] == "auto"
+    assert root.attributes["gen_ai.usage.output_tokens"] <= 4
+    assert "query" not in json.dumps({key: str(value) for key, value in root.attributes.items()})
