@@ -25,6 +25,13 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 PAPER_INSTRUCTION = "Represent the sentence for similar task retrieval: "
 
 
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+_Folders = Annotated[tuple[Path, ...], BeforeValidator(_split_commas)]
+
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Settings:
     """How a LoraRetriever works. Each field can be set by the environment: `LORARETRIEVER_` and its name in capitals.
@@ -36,8 +43,8 @@ class Settings:
     cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits those are
     used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits that become
     weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on a CPU
-    that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on are
-    those of `engine.local.LocalEngine`.
+    that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on, and
+    `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`.
     """
 
     base_model: str | None = None
@@ -63,6 +70,7 @@ class Settings:
     prefix_mib: int = Field(default=256, ge=0)
     host_mib: int = Field(default=1024, ge=0)
     queue: int = Field(default=1024, ge=1)
+    routers: _Folders = ()
 
 
 def _is_origin(text: str) -> str:
@@ -83,10 +91,6 @@ def _is_root_path(text: str) -> str:
     if text and (not text.startswith("/") or text.endswith("/")):
         raise ValueError("expected nothing, or a path that begins with a slash and ends without one, such as /models")
     return text
-
-
-def _split_commas(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 _Origins = Annotated[tuple[Annotated[str, AfterValidator(_is_origin)], ...], BeforeValidator(_split_commas)]
@@ -169,6 +173,9 @@ def read_settings_file(path: Path) -> SettingsFile:
     for name in ("base_model", "encoder"):
         if isinstance(values.get(name), str) and (folder / Path(values[name]).expanduser()).is_dir():
             values[name] = str(folder / Path(values[name]).expanduser())
+    routers = _split_commas(values.get("routers"))
+    if isinstance(routers, list) and all(isinstance(router, str) for router in routers):  # else it is refused later
+        values["routers"] = [str(folder / Path(router).expanduser()) for router in routers]
     return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server)
 
 

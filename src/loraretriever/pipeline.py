@@ -7,13 +7,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
 
-from loraretriever.compose import compose_explicit, cover, get_strategy, weigh
+from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, weigh
 from loraretriever.config import DEFAULT_ENCODER, Settings, cache_folder, load_settings
 from loraretriever.engine import Answers, Engine
 from loraretriever.errors import AdapterNotFoundError, AdmissionError, InvalidInputError
@@ -208,12 +208,24 @@ class LoraRetriever:
         weighting: str | None = None,
     ) -> Composition:
         """The composition for a routed prompt: of the hits that carry the weight; where none fits, the base model."""
-        chosen = get_strategy(strategy or self.settings.strategy)
+        chosen, weighting = get_strategy(strategy or self.settings.strategy), weighting or self.settings.weighting
         if route.fallback or not route.hits:
             return BASE_COMPOSITION
         with span("compose", hits=len(route.hits)):
-            weights = weigh(route.hits, weighting or self.settings.weighting, self.settings.weighting_temperature)
-            return chosen(*cover(route.hits, weights, self.settings.coverage))
+            is_probed = weighting not in PROBING or route.hits[0].effect is not None
+            hits = route.hits if is_probed else self._probe([route])[0].hits
+            return chosen(
+                *cover(hits, weigh(hits, weighting, self.settings.weighting_temperature), self.settings.coverage)
+            )
+
+    def _probe(self, routes: Sequence[Route]) -> list[Route]:
+        """The routes with the effects of their hits on their prompts, for weightings that need them."""
+        requests = [Request(route.prompt) for route in routes]
+        effects = self.engine.effects(requests, [[hit.adapter for hit in route.hits] for route in routes])
+        return [
+            replace(route, hits=tuple(replace(hit, effect=each) for hit, each in zip(route.hits, found, strict=True)))
+            for route, found in zip(routes, effects, strict=True)
+        ]
 
     def stream(
         self,
@@ -249,6 +261,8 @@ class LoraRetriever:
         start = time.perf_counter()
         if adapters is None:
             routes = self.route(prompts, k=k, threshold=threshold, exclude=exclude, only=only, tags=tags, tenant=tenant)
+            if (weighting or self.settings.weighting) in PROBING:
+                routes = self._probe(routes)
             compositions = [self.compose(route, strategy=strategy, weighting=weighting) for route in routes]
         else:
             routes = [Route(prompt, (), fallback=False) for prompt in prompts]
@@ -392,6 +406,7 @@ def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
         host_mib=settings.host_mib,
         queue=settings.queue,
         merged=MergedStore(cache_folder() / "merged", _MERGED_BYTES),
+        routers=settings.routers,
     )
 
 

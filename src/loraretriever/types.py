@@ -112,12 +112,16 @@ class Hit:
     """An adapter found for a prompt.
 
     `score` is the retriever's: a probability by default, a cosine for the paper's formula. `logit` is on the scale of
-    a logarithm of a probability, up to a number that all hits of a prompt share: weights come from it.
+    a logarithm of a probability, up to a number that all hits of a prompt share: weights come from it. `distance` is
+    the Euclidean one of the unit vectors of prompt and adapter, where the retriever has such: the paper's formula.
+    `effect` is how much the adapter would move the model (`Engine.effects`), where a weighting asks for it.
     """
 
     adapter: str
     score: float
     logit: float = 0.0
+    distance: float | None = None
+    effect: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +178,24 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """A router that weighs a composition's adapters anew for every token, in every module (`batch/gates.py`).
+
+    `kind` is its name there. `top_k` adapters at most act on a token (None: all). The gate's logits are divided by
+    `temperature`. Gates that are trained are found by their kind among the engine's routers.
+    """
+
+    kind: str
+    top_k: int | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Composition:
     """Which adapters answer one prompt, and how. No adapters: the base model answers.
 
-    With `merge`, the adapters become one new adapter, and `mixer` plays no part.
+    With `merge`, the adapters become one new adapter, and `mixer` plays no part. With `gate`, the weights are those
+    before a token is seen: their logarithms are added to the gate's logits. Equal weights leave them as they are.
     """
 
     strategy: str
@@ -185,6 +203,7 @@ class Composition:
     weights: tuple[float, ...] = ()
     mixer: Mixer = Mixer.OUTPUTS
     merge: Merge | None = None
+    gate: Gate | None = None
 
 
 BASE_COMPOSITION = Composition("base")

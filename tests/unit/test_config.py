@@ -126,6 +126,17 @@ def test_lists_and_switches_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert server.allow_hub is False
 
 
+def test_routers_are_folders_of_the_one_who_runs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_settings().routers == ()
+    file = write(tmp_path / "a.toml", 'routers = ["moe", "/else/ramole"]\n')
+    assert load_settings(file).routers == (tmp_path / "moe", Path("/else/ramole"))
+    assert load_settings(write(tmp_path / "b.toml", 'routers = "moe"\n')).routers == (tmp_path / "moe",)
+    with pytest.raises(InvalidInputError, match=r"setting routers in .*c\.toml is 5"):
+        load_settings(write(tmp_path / "c.toml", "routers = 5\n"))
+    monkeypatch.setenv("LORARETRIEVER_ROUTERS", "a, b/c")
+    assert load_settings(file).routers == (Path("a"), Path("b/c"))
+
+
 def test_the_two_kinds_of_settings_share_no_name() -> None:
     names = [field.name for kind in (Settings, ServerSettings) for field in dataclasses.fields(kind)]
     assert len(names) == len(set(names)), "one variable of the environment would mean both"

@@ -368,3 +368,25 @@ def test_what_a_retriever_cannot_do_is_told(retriever: LoraRetriever, scripted: 
     for ask in (scripted(Ranking((), 0.0, 0.0)).encode, scripted(Ranking((), 0.0, 0.0)).count_tokens):
         with pytest.raises(InvalidInputError, match="cannot (encode|count)"):
             ask(["a"])
+
+
+def test_weights_by_effect_ask_the_engine(retriever: LoraRetriever, engine: FakeEngine) -> None:
+    asked = []
+
+    def effects(requests: Sequence[Request], adapters: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        asked.append(([request.prompt for request in requests], list(adapters)))
+        return [tuple(float(len(name)) for name in row) for row in adapters]
+
+    engine.effects = effects  # type: ignore[attr-defined]
+    prompts = ["write a query", "add the numbers"]
+    found = retriever.generate(prompts, k=2, strategy="mixture", weighting="effect", threshold=-1.0)
+    for completion in found:
+        total = sum(len(name) for name in completion.composition.adapters)
+        weights = dict(zip(completion.composition.adapters, completion.composition.weights, strict=True))
+        assert weights == pytest.approx({name: len(name) / total for name in weights})
+    assert [rows for rows, _ in asked] == [prompts]  # once, for all
+    (route,) = retriever.route(prompts[:1], k=2, threshold=-1.0)
+    assert retriever.compose(route, weighting="effect") == found[0].composition
+    before = len(asked)
+    retriever.generate(prompts, weighting="score", threshold=-1.0)
+    assert len(asked) == before

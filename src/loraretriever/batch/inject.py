@@ -138,7 +138,7 @@ class LoraGroup:
         whole = x if x.is_contiguous() else x.contiguous()
         for part in parts:
             if not part.routing.used_slots.isdisjoint(stack.filled):
-                path = part.routing.path(part.tokens, x.dtype)
+                path = part.routing.path(part.tokens, x.dtype, stack)
                 self._parts.append((part, path, path.hidden(part.of(whole), stack.a)))
         self._x, self._x_version, self._served = x, _version(x), set()
 

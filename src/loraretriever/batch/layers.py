@@ -113,7 +113,7 @@ class LoraLayers:
             for ref in missing:
                 self._fill(ref, wanted)
             for one, other in self._table.compact(wanted):
-                self._epoch += 1
+                self._begin_epoch()
                 for stack in self._stacks():
                     stack.exchange(one, other)
         self._held = wanted
@@ -127,7 +127,7 @@ class LoraLayers:
         key = tuple(rows)
         routing = self._routings.get(key)
         if routing is None or routing.epoch != self._epoch:
-            refs = list(dict.fromkeys(ref for row in rows for ref in row.adapters))
+            refs = list(dict.fromkeys(ref for row in rows for ref in row.refs))
             if not self._held.issuperset(refs):
                 self.acquire(refs)
             routing = Routing(rows, {ref: self._table[ref] for ref in refs}, self.device, self._epoch)
@@ -147,7 +147,7 @@ class LoraLayers:
             runs: routes of what follows, with the number of tokens of each.
             kept: the routes of those tokens that reach the output embeddings, in order.
         """
-        refs = {ref: None for row in (*singles, *(row for row, _ in runs)) for ref in row.adapters}
+        refs = {ref: None for row in (*singles, *(row for row, _ in runs)) for ref in row.refs}
         if not self._held.issuperset(refs):
             self.acquire(list(refs))
         parts = [(self.route(singles), 1)] if singles else []
@@ -179,8 +179,7 @@ class LoraLayers:
         self._targets.clear()
         self._table = SlotTable(self._table.capacity)
         self._rank, self._held = 0, frozenset()
-        self._routings.clear()
-        self._epoch += 1
+        self._begin_epoch()
 
     def _fill(self, ref: AdapterRef, keep: frozenset[AdapterRef]) -> None:
         """Load one adapter into a slot. Nothing has changed if it cannot be loaded."""
@@ -193,7 +192,7 @@ class LoraLayers:
         adapter = loaded if isinstance(loaded, PreparedAdapter) else self.prepare(loaded)
         self._make_fit(max(self._rank, adapter.rank), adapter.modules)
         slot = self._table.make_room(keep)
-        self._epoch += 1
+        self._begin_epoch()
         try:
             write_slot(self._stacks(), slot, adapter, self.device)
         except BaseException:
@@ -202,6 +201,11 @@ class LoraLayers:
                 stack.clear(slot)
             raise
         self._table.put(ref, slot)
+
+    def _begin_epoch(self) -> None:
+        """Slots change: routings made before are stale, and would keep stacks that have been replaced in memory."""
+        self._epoch += 1
+        self._routings.clear()
 
     def _target(self, adapter: str, name: str) -> Target:
         module = self._modules.get(name)

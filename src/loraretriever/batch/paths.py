@@ -65,17 +65,17 @@ class GatheredPath:
         spare = next(slot for row in pairs for slot, _ in row)
         slots = [[slot for slot, _ in row] + [spare] * (width - len(row)) for row in pairs]
         weights = [[weight for _, weight in row] + [0.0] * (width - len(row)) for row in pairs]
-        self._slots = torch.tensor(slots, device=device).view(-1)
-        self._weights = torch.tensor(weights).view(len(pairs), 1, width, 1).to(device, dtype)
-        self._parameters = None if parameters is None else parameters.view(-1, 1, 1, 1)
+        self.slots = torch.tensor(slots, device=device).view(-1)
+        self.weights = torch.tensor(weights).view(len(pairs), 1, width, 1).to(device, dtype)
+        self.parameters = None if parameters is None else parameters.view(-1, 1, 1, 1)
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """(G, N, T, K, R)."""
-        return lora.mix(lora.shrink_gathered(x, a, self._slots), self._weights, self._parameters)
+        return lora.mix(lora.shrink_gathered(x, a, self.slots), self.weights, self.parameters)
 
     def add(self, y: torch.Tensor, h: torch.Tensor, member: int, b: torch.Tensor) -> None:
         """See `Path`."""
-        lora.expand_gathered(y, h[member], b, self._slots)
+        lora.expand_gathered(y, h[member], b, self.slots)
 
 
 class GroupedPath:

@@ -38,7 +38,8 @@ BaseModelOption = Annotated[
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        help="selection, mixture, fusion, a merge (ties, dare_linear, dare_ties, svd), or a plug-in's.",
+        help="selection, mixture, fusion, a merge (ties, dare_linear, dare_ties, svd), a gate (arrow, spectral; "
+        "ramole, moe: trained), or a plug-in's.",
         show_default="mixture",
     ),
 ]

@@ -2,9 +2,10 @@
 
 from loraretriever.compose.canonical import format_composition, parse_composition
 from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, strategy_names
-from loraretriever.compose.weighting import cover, weigh
+from loraretriever.compose.weighting import PROBING, cover, weigh
 
 __all__ = [
+    "PROBING",
     "Strategy",
     "compose_explicit",
     "cover",

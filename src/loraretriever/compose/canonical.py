@@ -5,6 +5,7 @@ sql                                one adapter alone, with weight 1
 mixture(sql=0.7,german=0.3)        a strategy, adapters, weights
 mixture(sql,german)                the same weight for each: 1/2
 ties(a=0.6,b=0.4;density=0.3)      a merge with options
+arrow(a=0.5,b=0.5;top_k=1)         a gate with options
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 
-from loraretriever.compose.strategies import merge_options
+from loraretriever.compose.strategies import composition_options
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Composition
 
@@ -35,7 +36,7 @@ def format_composition(composition: Composition, digits: int = 4) -> str:
     if not composition.adapters:
         return BASE
     weights = [f"{weight:.{digits}g}" for weight in composition.weights]
-    options = merge_options(composition.merge) if composition.merge else ""
+    options = composition_options(composition)
     first = composition.adapters[0]
     if len(weights) == 1 and weights[0] == "1" and not options and first != BASE:
         return first
@@ -46,8 +47,8 @@ def format_composition(composition: Composition, digits: int = 4) -> str:
 def parse_composition(text: str) -> tuple[str | None, dict[str, float]]:
     """The strategy, None where the text names none, and the adapters' weights; no adapters: the base model.
 
-    Options of a merge stay with the strategy ("ties;density=0.3"), as `get_strategy` takes them. Whether strategy
-    and adapters exist is not looked at.
+    Options of a merge or a gate stay with the strategy ("ties;density=0.3"), as `get_strategy` takes them. Whether
+    strategy and adapters exist is not looked at.
 
     Raises:
         InvalidInputError: the text is no composition.

@@ -1,6 +1,6 @@
 """Merges of adapters in weight space into one new adapter. None of them is linear in the updates B A, but `svd`.
 
-The methods and their numbers are those of PEFT's `add_weighted_adapter` under the same names. Those without `svd`
+All but `lego` are those of PEFT's `add_weighted_adapter` under the same names, with its numbers. Those without `svd`
 work on the factors A and B each, with √|w s| as the weight of both and the sign of w s on A's. Those with `svd` work
 on the updates s B A with weights w, and cut the result to a rank. TIES (Yadav et al., 2023) keeps the largest entries
 of each adapter and adds up those that agree in sign; DARE (Yu et al., 2024) keeps random ones, scaled up.
@@ -146,6 +146,58 @@ def merge_sum(parts: Sequence[Part], merge: Merge) -> LoraPair:
     return LoraPair(v[: merge.rank] @ q_a.T, q_b @ (u * s)[:, : merge.rank], 1.0)
 
 
+_ROUNDS = 50  # of k-means; it ends earlier where nothing changes any more
+
+
+def merge_units(parts: Sequence[Part], merge: Merge) -> LoraPair:
+    """LoRA-LEGO (Zhao et al., arXiv 2409.16167): adapters taken apart into units of rank one, and joined by k-means.
+
+    A unit is a row of A with its column of B. `merge.rank` clusters are made; the mean of each is a unit of the result.
+    Two scales make up for what averaging does: a mean is shorter than its members, and a result of more units than the
+    adapters have ranks would be louder. The composition's weights say how much a unit counts within its cluster, which
+    the paper, whose adapters are all alike, does not say; nor does it say in which form the scalings enter: here B's.
+
+    Semantics: u = [A[j]; s B[:, j]], c = Σ_{u in C} w u / Σ_{u in C} w, c' = c (Σ w ‖u‖ / Σ w) / ‖c‖,
+    B' A' = Σ_p w[p] √(mean rank / merge.rank) Σ_c c'_b c'_aᵀ
+    """
+    rank, features = merge.rank or 1, parts[0].pair.a.shape[1]
+    units = torch.cat([torch.cat([part.pair.a, (part.pair.b * part.pair.scaling).T], dim=1) for part in parts])
+    weights = torch.cat([units.new_full((part.pair.a.shape[0],), part.weight) for part in parts])
+    generator = random_source(merge.seed, "".join(part.digest for part in parts), parts[0].module, "units")
+    labels = _cluster(units, rank, generator)
+    members = torch.nn.functional.one_hot(labels, rank).to(units.dtype) * weights[:, None]
+    total = members.sum(dim=0)
+    total = torch.where(total == 0, torch.ones_like(total), total)[:, None]
+    centroids = members.T @ units / total
+    norms = members.T @ units.norm(dim=1, keepdim=True) / total
+    centroids = centroids * norms / centroids.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    scale = sum(part.weight for part in parts) * math.sqrt(len(units) / len(parts) / rank)
+    return LoraPair(centroids[:, :features], centroids[:, features:].T * scale, 1.0)
+
+
+def _cluster(points: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means, from a random point and those farthest from the ones before. Returns each point's cluster.
+
+    There may be fewer than `count`. Shapes: points (n, features); returns (n,).
+    """
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    distances = torch.cdist(points, points)
+    while len(chosen) < min(count, len(points)):
+        chosen.append(int(distances[chosen].min(dim=0).values.argmax()))
+    centres = points[chosen].clone()
+    labels = torch.full((len(points),), -1, device=points.device)
+    for _ in range(_ROUNDS):
+        nearest = torch.cdist(points, centres).argmin(dim=1)
+        if bool((nearest == labels).all()):
+            break
+        labels = nearest
+        for cluster in range(len(centres)):
+            mine = labels == cluster
+            if bool(mine.any()):
+                centres[cluster] = points[mine].mean(dim=0)
+    return labels
+
+
 MERGES: Mapping[str, Method] = {
     "linear": partial(merge_factors, keep_all, add),
     "magnitude_prune": partial(merge_factors, keep_largest, add),
@@ -153,6 +205,7 @@ MERGES: Mapping[str, Method] = {
     "dare_linear": partial(merge_factors, keep_random, add),
     "dare_ties": partial(merge_factors, keep_random, add_agreeing),
     "svd": merge_sum,
+    "lego": merge_units,
     "magnitude_prune_svd": partial(merge_updates, keep_largest, add),
     "ties_svd": partial(merge_updates, keep_largest, add_agreeing),
     "dare_linear_svd": partial(merge_updates, keep_random, add),

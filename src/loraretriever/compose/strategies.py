@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 from loraretriever.errors import InvalidInputError
-from loraretriever.types import Composition, Hit, Merge, Mixer
+from loraretriever.types import Composition, Gate, Hit, Merge, Mixer
 
 ENTRY_POINT_GROUP = "loraretriever.strategies"
 
@@ -55,15 +56,41 @@ def merging(merge: Merge, hits: Sequence[Hit], weights: Sequence[float]) -> Comp
     return Composition(merge.method, adapters, tuple(weights), merge=merge if len(hits) > 1 else None)
 
 
+def gating(gate: Gate, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
+    """The adapters weighed anew for every token by a gate of `batch/gates.py`; the weights are those before.
+
+    One adapter alone has the weight 1.
+    """
+    adapters = tuple(hit.adapter for hit in hits)
+    if len(adapters) == 1:
+        return Composition(gate.kind, adapters, (1.0,))
+    return Composition(gate.kind, adapters, tuple(weights), gate=gate)
+
+
 # Of the merges, those that take seconds, and not many minutes, for a model with billions of parameters.
-MERGING = ("dare_linear", "dare_ties", "svd", "ties")
+MERGING = ("dare_linear", "dare_ties", "lego", "svd", "ties")
+# Arrow's top k is that of PEFT, and SpectR's the same. Of the two that are trained, all adapters act.
+GATING: Mapping[str, Gate] = {
+    gate.kind: gate for gate in (Gate("arrow", top_k=3), Gate("spectral", top_k=3), Gate("ramole"), Gate("moe"))
+}
 BUILT_IN: Mapping[str, Strategy] = {
     "selection": selection,
     "mixture": mixture,
     "fusion": fusion,
     **{method: functools.partial(merging, Merge(method)) for method in MERGING},
+    **{kind: functools.partial(gating, gate) for kind, gate in GATING.items()},
 }
-_OPTIONS: Mapping[str, Callable[[str], float | int]] = {"density": float, "rank": int, "seed": int}
+_ALL = "all"  # how an option says None
+
+
+def _count(value: str) -> int | None:
+    return None if value == _ALL else int(value)
+
+
+_Readers = Mapping[str, Callable[[str], float | int | None]]
+_MERGE_OPTIONS: _Readers = {"density": float, "rank": int, "seed": int}
+_GATE_OPTIONS: _Readers = {"top_k": _count, "temperature": float}
+_EXAMPLES = {"density": 0.3, "top_k": 2}
 
 
 @functools.cache
@@ -79,14 +106,15 @@ def strategy_names() -> list[str]:
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name; a package cannot replace a built-in one.
 
-    Merges take options, which are those of `Merge`: "ties;density=0.3", "dare_ties;density=0.2,seed=1".
+    Merges and gates take options, which are those of `Merge` and `Gate`: "ties;density=0.3",
+    "dare_ties;density=0.2,seed=1", "arrow;top_k=2,temperature=0.5", "arrow;top_k=all".
 
     Raises:
         InvalidInputError: there is none, it does not take these options, or the package that has it fails.
     """
     name, has_options, options = name.partition(";")
     if has_options:
-        return functools.partial(merging, _merge(name, options))
+        return _with_options(name, options)
     if name in BUILT_IN:
         return BUILT_IN[name]
     point = _plug_ins().get(name)
@@ -101,33 +129,48 @@ def get_strategy(name: str) -> Strategy:
     return strategy
 
 
-def merge_options(merge: Merge) -> str:
-    """The options that are not the default ones, as `get_strategy` reads them: "density=0.3,seed=1", or ""."""
-    default = Merge(merge.method)
+def composition_options(composition: Composition) -> str:
+    """Options of its merge or gate that are not the defaults, as `get_strategy` reads them: "density=0.3", or ""."""
+    if composition.merge is not None:
+        return _changed(composition.merge, Merge(composition.merge.method), _MERGE_OPTIONS)
+    if composition.gate is not None:
+        kind = composition.gate.kind
+        return _changed(composition.gate, GATING.get(kind, Gate(kind)), _GATE_OPTIONS)
+    return ""
+
+
+def _changed(method: Merge | Gate, default: Merge | Gate, readers: _Readers) -> str:
+    values = {option: getattr(method, option) for option in readers}
     return ",".join(
-        f"{option}={getattr(merge, option)!r}"
-        for option in _OPTIONS
-        if getattr(merge, option) != getattr(default, option)
+        f"{option}={_ALL if value is None else repr(value)}"
+        for option, value in values.items()
+        if value != getattr(default, option)
     )
 
 
-def _merge(method: str, options: str) -> Merge:
-    if method not in MERGING:
-        raise InvalidInputError(
-            f"strategy {method!r:.200} was given the options {options!r:.200}; expected none, or one of the merges "
-            f"{', '.join(MERGING)}."
-        )
+def _with_options(name: str, options: str) -> Strategy:
+    if name in MERGING:
+        return functools.partial(merging, Merge(name, **_values(name, options, _MERGE_OPTIONS)))
+    if name in GATING:
+        return functools.partial(gating, replace(GATING[name], **_values(name, options, _GATE_OPTIONS)))
+    raise InvalidInputError(
+        f"strategy {name!r:.200} was given the options {options!r:.200}; expected none, or one of the merges "
+        f"{', '.join(MERGING)} or the gates {', '.join(GATING)}."
+    )
+
+
+def _values(name: str, options: str, readers: _Readers) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in options.split(","):
         option, _, value = (each.strip() for each in part.partition("="))
         try:
-            values[option] = _OPTIONS[option](value)
+            values[option] = readers[option](value)
         except (KeyError, ValueError):
             raise InvalidInputError(
-                f"strategy {method!r} has the option {part!r:.200}; expected {', '.join(_OPTIONS)} with a number, "
-                "such as density=0.3."
+                f"strategy {name!r} has the option {part!r:.200}; expected {', '.join(readers)} with a number, "
+                f"such as {next(iter(readers))}={_EXAMPLES[next(iter(readers))]}."
             ) from None
-    return Merge(method, **values)
+    return values
 
 
 def compose_explicit(strategy: str, weights: Mapping[str, float]) -> Composition:

@@ -1,17 +1,26 @@
-"""From names to weights in host memory: which adapters a composition means, read from the pool or merged."""
+"""From names to weights in host memory: which adapters a composition means, read from the pool, merged or decomposed.
+
+A gate that is trained takes its router from those that the engine was given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from loraretriever.batch import AdapterRef, RowRoute
+from loraretriever.batch.gates import GATES, check_gate
 from loraretriever.batch.stacks import PreparedAdapter
 from loraretriever.compose.merge import merge_adapters
 from loraretriever.compose.merged import MergedStore, merged_digest, merged_name
+from loraretriever.compose.routers import RouterSpec, read_router
+from loraretriever.compose.spectral import spectral_digest, spectral_form
 from loraretriever.engine.residency import HostStore
-from loraretriever.types import Adapter, AdapterWeights, Composition, Merge
+from loraretriever.errors import InvalidInputError
+from loraretriever.types import Adapter, AdapterWeights, Composition, Gate, Merge
 
 
 class AdapterSource(Protocol):
@@ -35,6 +44,40 @@ class MergedRef(AdapterRef):
     merge: Merge = field(compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class SpectralRef(AdapterRef):
+    """An adapter in a form of `compose.spectral`, made when it is loaded. Its digest follows from the adapter's."""
+
+    of: AdapterRef = field(compare=False)
+    form: str = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRef(AdapterRef):
+    """A trained router, which takes a slot like an adapter."""
+
+    spec: RouterSpec = field(compare=False)
+
+
+def read_routers(folders: Sequence[Path]) -> dict[str, RouterRef]:
+    """The routers in these folders, by kind.
+
+    Raises:
+        InvalidInputError: a folder holds no router, or two are of one kind.
+        AdmissionError: its weights cannot be used.
+    """
+    routers: dict[str, RouterRef] = {}
+    for folder in folders:
+        spec = read_router(folder)
+        if spec.kind in routers:
+            raise InvalidInputError(
+                f"the routers {routers[spec.kind].spec.folder} and {folder} are both of the kind {spec.kind}; expected "
+                "one of each kind at most. Leave one out."
+            )
+        routers[spec.kind] = RouterRef(f"router {spec.name}", spec.digest, spec)
+    return routers
+
+
 class Adapters:
     """Finds the adapters of compositions, and loads them in the background."""
 
@@ -45,11 +88,13 @@ class Adapters:
         host_bytes: int,
         merged: MergedStore | None = None,
         on_ready: Callable[[], None] | None = None,
+        routers: Mapping[str, RouterRef] | None = None,
     ) -> None:
-        """Start loading threads; see `HostStore`. `prepare` makes weights ready for a slot."""
+        """Start loading threads; see `HostStore`. `prepare` makes weights ready for a slot; `routers` by kind."""
         self._source = source
         self._prepare = prepare
         self._merged = merged
+        self._routers = routers or {}
         self.store = HostStore(self._load, host_bytes, on_ready=on_ready)
 
     def route(self, composition: Composition) -> RowRoute:
@@ -57,9 +102,12 @@ class Adapters:
 
         Raises:
             AdapterNotFoundError: one is not in the pool.
-            InvalidInputError: the merge is unknown, or an option out of its range.
+            InvalidInputError: the merge or the gate is unknown, an option out of its range, the engine has no router
+                for the gate, or an adapter is none of the router's.
         """
         refs = tuple(AdapterRef(name, self._source.get(name).digest) for name in composition.adapters)
+        if composition.gate is not None and composition.merge is None and refs:
+            return self._gated(refs, composition, composition.gate)
         if composition.merge is None or not refs:
             return RowRoute(refs, composition.weights, composition.mixer)
         digest = merged_digest(
@@ -67,6 +115,24 @@ class Adapters:
         )
         merged = MergedRef(merged_name(composition), digest, refs, composition.weights, composition.merge)
         return RowRoute((merged,), (1.0,))
+
+    def _gated(self, refs: tuple[AdapterRef, ...], composition: Composition, gate: Gate) -> RowRoute:
+        check_gate(gate)
+        kind = GATES[gate.kind]
+        if kind.form is not None:
+            refs = tuple(SpectralRef(ref.name, spectral_digest(ref.digest, kind.form), ref, kind.form) for ref in refs)
+        router = self._router(gate.kind) if kind.trained else None
+        outputs = _outputs(router.spec, composition.adapters) if router is not None and router.spec.experts else ()
+        return RowRoute(refs, composition.weights, composition.mixer, gate, router, outputs)
+
+    def _router(self, kind: str) -> RouterRef:
+        router = self._routers.get(kind)
+        if router is None:
+            raise InvalidInputError(
+                f"the strategy {kind!r} needs a trained router of that kind, and this engine has "
+                f"{', '.join(self._routers) or 'none'}; start it with the setting routers, or choose another strategy."
+            )
+        return router
 
     def prefetch(self, refs: Iterable[AdapterRef]) -> None:
         """Load adapters in the background."""
@@ -81,6 +147,10 @@ class Adapters:
         return self._prepare(self._read(ref))
 
     def _read(self, ref: AdapterRef) -> AdapterWeights:
+        if isinstance(ref, SpectralRef):
+            return spectral_form(self._source.weights(ref.of.name, ref.of.digest), ref.form)
+        if isinstance(ref, RouterRef):
+            return _router_weights(ref)
         if not isinstance(ref, MergedRef):
             return self._source.weights(ref.name, ref.digest)
 
@@ -92,3 +162,24 @@ class Adapters:
             return self._merged.get(ref.digest, ref.name, make)
         made = make()
         return AdapterWeights(ref.name, ref.digest, made.modules)
+
+
+def _outputs(spec: RouterSpec, adapters: Sequence[str]) -> tuple[int, ...]:
+    """Which of the router's outputs belongs to each adapter."""
+    for name in adapters:
+        if name not in spec.experts:
+            raise InvalidInputError(
+                f"adapter {name!r} is no expert of the router {spec.name!r}; expected one of "
+                f"{', '.join(spec.experts)}. Name those alone, or train the router again."
+            )
+    return tuple(spec.experts.index(name) for name in adapters)
+
+
+def _router_weights(ref: RouterRef) -> AdapterWeights:
+    """A router as its gate wants it: the 1 / √r of RAMoLE's attention is in its scaling."""
+    weights = replace(ref.spec.weights(), name=ref.name)
+    if ref.spec.kind != "ramole":
+        return weights
+    scale = 1 / math.sqrt(ref.spec.rank)
+    modules = {name: replace(pair, scaling=pair.scaling * scale) for name, pair in weights.modules.items()}
+    return replace(weights, modules=modules)

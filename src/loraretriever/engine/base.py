@@ -53,6 +53,22 @@ class Engine(Protocol):
         """
         ...
 
+    def effects(self, requests: Sequence[Request], adapters: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        """How much each adapter would move the model at the last token of a prompt, without answering it.
+
+        Args:
+            requests: of which the prompts count, not the compositions.
+            adapters: for each request the names of some.
+
+        Returns:
+            For each request the norms, in the order of its names (LoGo, arXiv 2511.07129).
+
+        Raises:
+            InvalidInputError: a prompt cannot be run, or the adapters have no module in common.
+            AdapterNotFoundError: a name is not in the pool.
+        """
+        ...
+
     @property
     def max_length(self) -> int:
         """Tokens of the longest prompt and answer together."""

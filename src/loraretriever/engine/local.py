@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
+from concurrent.futures import Future
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from loraretriever.batch import LoraLayers
 from loraretriever.compose.merged import MergedStore
-from loraretriever.engine.adapters import Adapters, AdapterSource
+from loraretriever.engine.adapters import Adapters, AdapterSource, read_routers
 from loraretriever.engine.intake import Intake
-from loraretriever.engine.runner import ModelRunner
+from loraretriever.engine.probe import choose_module, effects, factors_of, last_inputs
+from loraretriever.engine.runner import ModelRunner, check_length
 from loraretriever.engine.scheduler import Limits
 from loraretriever.engine.sequence import Sequence, Sink
 from loraretriever.engine.steps import Steps
@@ -25,8 +29,9 @@ from loraretriever.engine.stream import Collector, Stream, Unheard
 from loraretriever.errors import OverloadedError
 from loraretriever.models import BaseModel
 from loraretriever.openmp import release_workers
-from loraretriever.types import EngineStats, Generation, Request
+from loraretriever.types import Composition, EngineStats, Generation, Request
 
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _RETRY = 0.05  # seconds until what cannot go on is tried again
@@ -49,6 +54,7 @@ class LocalEngine:
         host_mib: int = 1024,
         queue: int = 1024,
         merged: MergedStore | None = None,
+        routers: Ordered[Path] = (),
     ) -> None:
         """Prepare the model.
 
@@ -64,19 +70,25 @@ class LocalEngine:
                 of other waiting requests are loaded early while there is room.
             queue: sequences that may wait.
             merged: keeps the adapters that merging strategies make; None: each is made whenever it is loaded.
+            routers: folders of trained routers for gates (`compose.routers`), one of each kind at most. A router takes
+                a slot while it is in use.
 
         Raises:
             ModelLoadError: the model does not work with this engine.
-            InvalidInputError: a size is out of its range.
+            InvalidInputError: a size is out of its range, or a folder holds no router.
+            AdmissionError: a router's weights cannot be used.
         """
+        found = read_routers(routers)
         self._lock = threading.Condition()
         self._layers = LoraLayers(base.model, slots, lambda ref: self._adapters.store.get(ref))
         self._runner = ModelRunner(base.model, self._layers, cache_mib * _MIB, prefix_mib * _MIB)
         self._limits = Limits(batch_size, step_tokens + batch_size, slots, queue)
-        self._adapters = Adapters(source, self._layers.prepare, host_mib * _MIB, merged, self._wake)
+        self._adapters = Adapters(source, self._layers.prepare, host_mib * _MIB, merged, self._wake, found)
         self._unheard = Unheard()
         self._steps = Steps(base, self._layers, self._runner, self._adapters, self._limits, self._lock, self._unheard)
         self._intake = Intake(base, self._runner, self._adapters)
+        self._model = base.model
+        self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []  # for the thread, before its next step
         self._thread: threading.Thread | None = None
         self._woken = False
         self._closed = False
@@ -177,6 +189,22 @@ class LocalEngine:
             adapter_evictions=store.evictions,
         )
 
+    def effects(self, requests: Ordered[Request], adapters: Ordered[Ordered[str]]) -> list[tuple[float, ...]]:
+        """See `Engine`; the states are the base model's, at one module: see `probe.choose_module`."""
+        self._check_open()
+        prompts = [self._intake.tokenize(request, i) for i, request in enumerate(requests)]
+        for position, prompt in enumerate(prompts):
+            check_length(len(prompt), 1, self.max_length, position)
+        names = list(dict.fromkeys(name for row in adapters for name in row))
+        if not names:
+            return [()] * len(prompts)
+        refs = self._adapters.route(Composition("mixture", tuple(names), (1.0,) * len(names))).adapters
+        held = {name: self._adapters.store.get(ref) for name, ref in zip(names, refs, strict=True)}
+        module = choose_module(list(held.values()), [name for name, _ in self._model.named_modules()])
+        x = self._between_steps(lambda: last_inputs(self._model, module, prompts))
+        moved = {name: effects(x, factors_of(adapter, module)).tolist() for name, adapter in held.items()}
+        return [tuple(moved[name][n] for name in row) for n, row in enumerate(adapters)]
+
     def close(self) -> None:
         """Abort what runs, stop the threads, and give the model its own modules back. May be called twice."""
         with self._lock:
@@ -186,6 +214,9 @@ class LocalEngine:
         if thread is not None:
             thread.join()
         self._abort(list(self._steps.sequences.values()))
+        for _, future in self._jobs:
+            future.set_exception(OverloadedError("the engine is stopping; send the request to another one."))
+        self._jobs = []
         self._adapters.close()
         self._layers.eject()
 
@@ -200,10 +231,31 @@ class LocalEngine:
         with self._lock:
             self._check_open()
             self._steps.add(sequences)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._loop, name="local-engine", daemon=True)
-                self._thread.start()
-            self._wake()
+            self._start()
+
+    def _between_steps(self, job: Callable[[], _Result]) -> _Result:
+        """Let the engine's thread, which alone uses the model, do something before its next step."""
+        future: Future[_Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:  # the caller's, whatever it is
+                future.set_exception(error)
+
+        release_workers()
+        with self._lock:
+            self._check_open()
+            self._jobs.append((run, future))
+            self._start()
+        return future.result()
+
+    def _start(self) -> None:
+        """Wake the thread, or make a new one. Call it under the lock."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._loop, name="local-engine", daemon=True)
+            self._thread.start()
+        self._wake()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -225,6 +277,9 @@ class LocalEngine:
             self._steps.abort(sequences)
         self._unheard.deliver()
 
+    def _has_work(self) -> bool:
+        return bool(self._steps.sequences or self._jobs)
+
     def _wake(self) -> None:
         with self._lock:
             self._woken = True
@@ -234,13 +289,18 @@ class LocalEngine:
         """What the engine's thread does."""
         while True:
             with self._lock:
-                if not self._steps.sequences and not self._closed:
+                if not self._has_work() and not self._closed:
                     self._lock.wait(_LINGER)
-                if not self._steps.sequences or self._closed:
+                if not self._has_work() or self._closed:
                     self._thread = None
                     self._steps.rest()
                     return
                 self._woken = False
+                jobs, self._jobs = self._jobs, []
+            for job, _ in jobs:
+                job()
+            if not self._steps.sequences:
+                continue
             try:
                 progressed = self._steps.step()
             except Exception as error:  # whatever it is, those whom it was about must hear of it

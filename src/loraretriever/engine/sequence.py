@@ -54,7 +54,7 @@ class Sequence:
         self.generator = make_generator(request.sampling, index)
         self.job: Job = Job(
             tokens=len(prompt_ids),
-            adapters=frozenset(route.adapters),
+            adapters=frozenset(route.refs),
             priority=request.priority,
             deadline=None if request.timeout is None else now + request.timeout,
             longest=len(prompt_ids) + request.sampling.max_tokens,

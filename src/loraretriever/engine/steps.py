@@ -69,8 +69,8 @@ class Steps:
         for sequence in sequences:
             self.scheduler.add(sequence.job, time.monotonic())
             self.sequences[sequence.job] = sequence
-            self._users.update(sequence.route.adapters)
-        for ref in sequences[0].route.adapters:
+            self._users.update(sequence.route.refs)
+        for ref in sequences[0].route.refs:
             if not self._layers.holds(ref):
                 self._adapters.store.prefetch(ref, early=True)
 
@@ -105,7 +105,7 @@ class Steps:
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence.job)
         del self.sequences[sequence.job]
-        for ref in sequence.route.adapters:
+        for ref in sequence.route.refs:
             self._users[ref] -= 1
             if not self._users[ref]:
                 del self._users[ref]
@@ -178,7 +178,7 @@ class Steps:
     def _fetch(self, admitted: list[Sequence]) -> None:
         """Adapters of all that run into slots; those just admitted fail if one of theirs cannot be loaded."""
         failed: dict[AdapterRef, Exception] = {}
-        for ref in {ref: None for sequence in admitted for ref in sequence.route.adapters}:
+        for ref in {ref: None for sequence in admitted for ref in sequence.route.refs}:
             if self._layers.holds(ref):
                 self.counters.adapter_hits += 1
                 continue
@@ -188,7 +188,7 @@ class Steps:
             except Exception as error:  # of the pool, the file system, or a merge
                 failed[ref] = error
         for sequence in admitted:
-            for ref in failed.keys() & set(sequence.route.adapters):
+            for ref in failed.keys() & set(sequence.route.refs):
                 self._fail([sequence], failed[ref])
         while True:
             pinned = cast("frozenset[AdapterRef]", self.scheduler.pinned)
@@ -196,7 +196,7 @@ class Steps:
                 self._layers.acquire(sorted(pinned, key=lambda ref: ref.digest))
                 return
             except Exception as error:  # no memory for a larger rank, say
-                without = [s for s in admitted if not all(map(self._layers.holds, s.route.adapters))]
+                without = [s for s in admitted if not all(map(self._layers.holds, s.route.refs))]
                 if not any(sequence.job in self.sequences for sequence in without):
                     raise
                 self._fail(without, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Protocol
@@ -71,7 +72,7 @@ class PaperRetriever:
             found = index.search(vectors, k, wanted.exclude, only)
         return [
             Ranking(
-                tuple(Hit(hit.adapter, hit.score, hit.score / PAPER_TEMPERATURE) for hit in hits),
+                tuple(Hit(hit.adapter, hit.score, hit.score / PAPER_TEMPERATURE, _chord(hit.score)) for hit in hits),
                 fit=hits[0].score if hits else -1.0,
                 threshold=PAPER_THRESHOLD,
             )
@@ -104,6 +105,11 @@ class PaperRetriever:
                 whole = {name: entry.vectors for name, entry in entries.items() if entry.vectors is not None}
                 self._index, self._entries, self._change = MeanIndex(whole), entries, change
             return self._index, self._entries
+
+
+def _chord(cosine: float) -> float:
+    """The distance of two unit vectors. Semantics: ‖u - v‖ = √(2 - 2 u·v)."""
+    return math.sqrt(max(0.0, 2 - 2 * cosine))
 
 
 def _passes(entry: PoolEntry | None, wanted: AdapterFilter) -> bool:

@@ -63,7 +63,7 @@ class RouteOptions(Body):
     exclude: Names = Field(default_factory=list, description="Adapters never to be found.")
     only: Names | None = Field(None, description="The only adapters that may be found.")
     tags: Names = Field(default_factory=list, description="Only adapters with all of these tags.")
-    strategy: Name | None = Field(None, description="selection, mixture, fusion, a merge, or a plug-in's.")
+    strategy: Name | None = Field(None, description="selection, mixture, fusion, a merge, a gate, or a plug-in's.")
     weighting: Name | None = Field(None, description="score or uniform.")
     explain: bool = Field(False, description="Say why: nearest samples, terms, parts of the score.")
     tenant: Name | None = Field(None, description="For operators: see what this tenant sees.")

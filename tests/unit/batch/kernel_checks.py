@@ -212,7 +212,7 @@ def test_gradients_are_refused() -> None:
 def test_a_model_decodes_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
 
-    def path(self: Routing, tokens: int, dtype: torch.dtype) -> GatheredPath:
+    def path(self: Routing, tokens: int, dtype: torch.dtype, stack: object) -> GatheredPath:
         kinds.append(KernelPath if tokens == 1 else GatheredPath)
         return kinds[-1](self._pairs, self._parameters(), dtype, self._device)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loraretriever.compose import compose_explicit, format_composition, parse_composition, strategies
 from loraretriever.errors import InvalidInputError
-from loraretriever.types import BASE_COMPOSITION, Composition, Merge
+from loraretriever.types import BASE_COMPOSITION, Composition, Gate, Merge
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}(:[A-Za-z0-9]{1,4})?", fullmatch=True)
 weights = st.floats(-1e6, 1e6, allow_nan=False).filter(bool)
@@ -19,6 +19,7 @@ merges = st.builds(
     st.none() | st.integers(1, 64),
     st.integers(0, 2**40),
 )
+gates = st.builds(Gate, st.sampled_from(list(strategies.GATING)), st.none() | st.integers(1, 99), st.floats(0.01, 100))
 
 
 def read(text: str) -> Composition:
@@ -43,6 +44,14 @@ def read(text: str) -> Composition:
             Composition("dare_ties", ("a", "b"), (0.6, 0.4), merge=Merge("dare_ties", 0.1, 8, 3)),
             "dare_ties(a=0.6,b=0.4;density=0.1,rank=8,seed=3)",
         ),
+        (Composition("arrow", ("a", "b"), (0.6, 0.4), gate=Gate("arrow", 3)), "arrow(a=0.6,b=0.4)"),
+        (Composition("arrow", ("a", "b"), (0.6, 0.4), gate=Gate("arrow")), "arrow(a=0.6,b=0.4;top_k=all)"),
+        (Composition("moe", ("a", "b"), (0.6, 0.4), gate=Gate("moe")), "moe(a=0.6,b=0.4)"),
+        (
+            Composition("moe", ("a", "b"), (0.6, 0.4), gate=Gate("moe", 1, 0.5)),
+            "moe(a=0.6,b=0.4;top_k=1,temperature=0.5)",
+        ),
+        (Composition("arrow", ("a",), (1.0,)), "a"),
         (Composition("selection", ("base",), (1.0,)), "selection(base=1)"),
     ],
 )
@@ -87,6 +96,14 @@ def test_merges_with_options(adapters: dict[str, float], merge: Merge) -> None:
     strategy, read_weights = parse_composition(format_composition(composition, digits=17))
     assert strategy is not None
     assert compose_explicit(strategy, read_weights).merge == merge and read_weights == adapters
+
+
+@given(st.dictionaries(names, weights, min_size=2, max_size=4), gates)
+def test_gates_with_options(adapters: dict[str, float], gate: Gate) -> None:
+    composition = Composition(gate.kind, tuple(adapters), tuple(adapters.values()), gate=gate)
+    strategy, read_weights = parse_composition(format_composition(composition, digits=17))
+    assert strategy is not None
+    assert compose_explicit(strategy, read_weights).gate == gate and read_weights == adapters
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from loraretriever.compose import compose_explicit, cover, get_strategy, strategies, strategy_names, weigh
 from loraretriever.compose.merge import MERGES
 from loraretriever.errors import InvalidInputError
-from loraretriever.types import Composition, Hit, Merge, Mixer
+from loraretriever.types import Composition, Gate, Hit, Merge, Mixer
 
 HITS = [Hit("a", 0.9, 2.5), Hit("b", 0.7, 1.0), Hit("c", 0.6, -0.5)]
 
@@ -38,6 +38,37 @@ def test_merges_take_all(name: str) -> None:
 def test_a_merge_of_one_is_none(name: str) -> None:
     assert get_strategy(name)(HITS[:1], [1.0]) == Composition(name, ("a",), (1.0,), Mixer.OUTPUTS)
     assert compose_explicit(name, {"a": 0.7}) == Composition(name, ("a",), (0.7,), Mixer.OUTPUTS)
+
+
+@pytest.mark.parametrize(("name", "top_k"), [("arrow", 3), ("spectral", 3), ("ramole", None), ("moe", None)])
+def test_gates_take_all_with_the_weights_given(name: str, top_k: int | None) -> None:
+    expected = Composition(name, ("a", "b", "c"), (0.5, 0.3, 0.2), gate=Gate(name, top_k))
+    assert get_strategy(name)(HITS, [0.5, 0.3, 0.2]) == expected
+    assert name in strategy_names()
+    assert get_strategy(f"{name};top_k=2, temperature=0.5")(HITS, [0.5, 0.3, 0.2]).gate == Gate(name, 2, 0.5)
+    assert get_strategy(f"{name};top_k=all")(HITS, [0.5, 0.3, 0.2]).gate == Gate(name, None)
+
+
+@pytest.mark.parametrize("name", strategies.GATING)
+def test_a_gate_of_one_is_that_adapter(name: str) -> None:
+    assert get_strategy(name)(HITS[:1], [0.4]) == Composition(name, ("a",), (1.0,))
+    assert compose_explicit(f"{name};top_k=1", {"a": 0.7}) == Composition(name, ("a",), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "problem"),
+    [
+        ("arrow;density=0.3", "option 'density=0.3'; expected top_k, temperature with a number, such as top_k=2"),
+        ("arrow;top_k=some", "option 'top_k=some'"),
+        ("arrow;top_k", "option 'top_k'"),
+        ("ties;top_k=2", "option 'top_k=2'; expected density, rank, seed with a number, such as density=0.3"),
+        ("ties;rank=all", "option 'rank=all'"),
+        ("mixture;top_k=2", "was given the options 'top_k=2'; expected none, or one of the merges"),
+    ],
+)
+def test_options_that_a_strategy_does_not_have(strategy: str, problem: str) -> None:
+    with pytest.raises(InvalidInputError, match=problem):
+        get_strategy(strategy)
 
 
 def test_uniform_weights() -> None:
@@ -123,6 +154,7 @@ def test_entry_points_add_strategies_but_replace_none(plug_ins: None) -> None:
     assert get_strategy("best-two")(HITS, []).adapters == ("a", "b")
     assert get_strategy("selection")(HITS, []).adapters == ("a",)
     built_in = {"dare_linear", "dare_ties", "fusion", "mixture", "selection", "svd", "ties"}
+    built_in |= {"arrow", "spectral", "ramole", "moe", "lego"}
     assert strategy_names() == sorted({"best-two", "broken", *built_in})
 
 

@@ -21,7 +21,7 @@ from tiny import TINY_BASE, tiny_llama
 from tiny_text import tiny_tokenizer
 
 ADAPTERS, REQUESTS = 24, 200
-STRATEGIES = ("selection", "mixture", "mixture", "fusion", "ties", "dare_linear", "dare_ties", "svd")
+STRATEGIES = ("selection", "mixture", "fusion", "ties", "dare_linear", "dare_ties", "svd", "arrow", "spectral")
 TIE = 1e-4  # between two tokens whose log-probabilities differ by less, rounding may decide
 
 

@@ -117,3 +117,12 @@ def test_tags_tenants_and_base_models_are_filtered(pool: Pool, tmp_path: Path) -
     assert found(tenant="us", only=frozenset({"foreign", "sql"})) == {"sql"}
     assert found(base_model=TINY_BASE) == everything
     assert found(base_model="another") == set()
+
+
+def test_distances_are_those_of_the_unit_vectors(pool: Pool) -> None:
+    encoder = WordEncoder()
+    (ranking,) = PaperRetriever(pool, encoder).rank(["write a query"], 2)
+    (prompt,) = encoder.encode(["write a query"])
+    for hit in ranking.hits:
+        mean = encoder.encode([sample.text for sample in pool.samples(hit.adapter)]).mean(axis=0)
+        assert hit.distance == pytest.approx(np.linalg.norm(prompt - mean / np.linalg.norm(mean)), abs=1e-5)

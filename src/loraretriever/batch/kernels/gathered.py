@@ -213,7 +213,7 @@ class KernelPath(GatheredPath):
         self, pairs: RowPairs, parameters: torch.Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(pairs, parameters, torch.float32, device)  # the sums are float32, whatever x is
-        self._entries = (self._slots.view(len(pairs), -1), self._weights.view(len(pairs), -1))
+        self._entries = (self.slots.view(len(pairs), -1), self.weights.view(len(pairs), -1))
         self._flags = parameters
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,10 @@ export const STRATEGIES = {
   dare_ties: "One new adapter: entries dropped at random, signs put to the vote.",
   dare_linear: "One new adapter: entries dropped at random, the rest summed.",
   svd: "One new adapter: the weighted sum, cut to the rank of the largest.",
+  arrow: "Each token weighs the adapters by the main direction of each.",
+  spectral: "Each token weighs the adapters by how strongly they act on it.",
+  ramole: "Each token weighs the adapters by a trained router's attention.",
+  moe: "Each token weighs the adapters by a trained linear router.",
 };
 
 let timer = null;
