@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks demo examples web
 
-.PHONY: demo test setup check format bench train-demo clean
+.PHONY: demo test setup check format bench train-demo train-large clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
@@ -35,6 +35,9 @@ bench: $(VENV)/.test
 
 train-demo: $(VENV)/.test
 	$(BIN)/python demo/train.py
+
+train-large: $(VENV)/.test
+	$(BIN)/python demo/train.py --large
 
 clean:
 	rm -rf $(VENV) dist build

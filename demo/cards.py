@@ -58,19 +58,40 @@ pipeline_tag: text-generation
 tags:
 - lora
 ---
-# {record["task"]}
+# {record["name"]}
 
 {source["what"]}
 
-A LoRA adapter for {record["base_model"]}, made for the demo of LoraRetriever by `demo/train.py`.
+{_purpose(record)}
 
 - Data: {source["source"]}.
 - Licence of the data: {source["licence"]}. The examples were sampled and put into prompts of our own.
 - `samples.jsonl` holds {SAMPLES} of the training prompts, under the licence of the data.
 - Training: {settings["examples"]} examples, passes: {settings["epochs"]}, {record["steps"]} steps of {settings["batch_size"]}, rank {settings["rank"]}, alpha {settings["alpha"]}, on {", ".join(settings["targets"])}, learning rate {settings["learning_rate"]:g}, seed {settings["seed"]}; {record["seconds"]:.0f} seconds on a CPU.
-- Score ({_METRIC_NAMES[record["metric"]]}; {record["validation_prompts"]} validation prompts, greedy): base model {100 * record["base_score"]:.1f}, with this adapter {100 * record["adapter_score"]:.1f}.
+- {_score_line(record)}
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _purpose(record: dict[str, Any]) -> str:
+    """What the adapter was made for; a variation (with `subset_start`) is one of several of its task."""
+    start = record.get("subset_start")
+    if start is None:
+        return f"A LoRA adapter for {record['base_model']}, made for the demo of LoraRetriever by `demo/train.py`."
+    stop = start + record["settings"]["examples"] - 1
+    return (
+        f"One of several LoRA adapters for {record['base_model']} and the task `{record['task']}`, near-duplicates of "
+        f"one another, made for experiments with LoraRetriever by `demo/train.py --large`. A short training: this one "
+        f"saw the examples {start} to {stop} of the task's shuffled training data."
+    )
+
+
+def _score_line(record: dict[str, Any]) -> str:
+    if "base_score" not in record:
+        return "Score: not measured."
+    prompts, scores = record["validation_prompts"], (100 * record["base_score"], 100 * record["adapter_score"])
+    what = f"{_METRIC_NAMES[record['metric']]}; {prompts} validation prompts, greedy"
+    return f"Score ({what}): base model {scores[0]:.1f}, with this adapter {scores[1]:.1f}."
 
 
 _METRIC_NAMES = {"em": "exact match, %", "rouge": "ROUGE-L x 100", "bleu": "BLEU x 100"}

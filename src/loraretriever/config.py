@@ -40,9 +40,10 @@ class Settings:
     some of its parts (`dense`, `sparse`, `dense+sparse`), or `paper`. `instruction` None: the paper's for the paper's
     formula, else none. The base model answers where the fit is below `threshold`; None takes the retriever's, which
     for the hybrid lets through all but the share `false_fallback` of prompts like the pool's samples, if their
-    cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). Of the k hits those are
-    used that together have the share `coverage` of the weight. `weighting_temperature` divides the logits that become
-    weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`, which is `int8` on a CPU
+    cosines were lower by `drift`, as those of prompts in other words are (0: no allowance). With `fallback` "mixture"
+    the k hits answer there too, all with the same weight: for pools where every prompt is close to some task. Of the k
+    hits those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the
+    logits that become weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`: `int8` on a CPU
     that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on, and
     `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`.
     """
@@ -58,6 +59,7 @@ class Settings:
     false_fallback: float = Field(default=0.01, ge=0, lt=1)
     drift: float = Field(default=0.07, ge=0, lt=1)
     coverage: float = Field(default=0.95, gt=0, le=1)
+    fallback: Literal["base", "mixture"] = "base"
     strategy: str = "mixture"
     weighting: str = "score"
     weighting_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)

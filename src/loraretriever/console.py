@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -327,3 +327,21 @@ def _print_set_up(report: EngineReport | ServerReport) -> None:
         f"{set_up.load_average_after:.1f} after"
     )
     print_plain(", ".join(f"{name} {here.versions[name]}" for name in ("python", "torch", "transformers")))
+
+
+def print_experiment(summary: Mapping[str, Any]) -> None:
+    """The means of each method, from what `write_report` returns."""
+
+    def cell(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [
+            entry["title"] + (" *" if name == summary["default"] else ""),
+            *(cell(entry[f"{setting}_mean"]) for setting in ("iid", "ood", "strict_ood")),
+            cell(entry["oracle_share"]),
+            cell(entry["relative_speed"], 2),
+        ]
+        for name, entry in summary["methods"].items()
+    ]
+    print_rows(["method", "IID", "OOD", "strict", "% oracle", "speed"], rows)

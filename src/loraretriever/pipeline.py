@@ -207,10 +207,12 @@ class LoraRetriever:
         strategy: str | None = None,
         weighting: str | None = None,
     ) -> Composition:
-        """The composition for a routed prompt: of the hits that carry the weight; where none fits, the base model."""
+        """The composition for a routed prompt: of the hits that carry the weight; where none fits, the fallback's."""
         chosen, weighting = get_strategy(strategy or self.settings.strategy), weighting or self.settings.weighting
-        if route.fallback or not route.hits:
+        if not route.hits or (route.fallback and self.settings.fallback == "base"):
             return BASE_COMPOSITION
+        if route.fallback:
+            weighting = "uniform"
         with span("compose", hits=len(route.hits)):
             is_probed = weighting not in PROBING or route.hits[0].effect is not None
             hits = route.hits if is_probed else self._probe([route])[0].hits

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,15 @@ def test_weights_by_effect_ask_the_engine(retriever: LoraRetriever, engine: Fake
     before = len(asked)
     retriever.generate(prompts, weighting="score", threshold=-1.0)
     assert len(asked) == before
+
+
+def test_where_none_fits_the_base_model_answers_or_all_hits_alike(retriever: LoraRetriever) -> None:
+    (route,) = retriever.route(["nothing of the sort"], k=3)
+    assert route.fallback and len(route.hits) == 3
+    assert retriever.compose(route) == BASE_COMPOSITION
+    retriever.settings = replace(retriever.settings, fallback="mixture")
+    found = retriever.compose(route)
+    assert found.weights == pytest.approx((1 / 3,) * 3) and found.mixer is Mixer.OUTPUTS
+    assert retriever.compose(replace(route, hits=())) == BASE_COMPOSITION
+    fits = replace(route, fallback=False)
+    assert retriever.compose(fits).weights != found.weights

@@ -14,6 +14,7 @@ import typer
 
 from loraretriever import __version__, console
 from loraretriever.cli.bench import bench_app
+from loraretriever.cli.evaluate import evaluate
 from loraretriever.cli.feedback import feedback_app
 from loraretriever.cli.keys import keys_app
 from loraretriever.cli.options import (
@@ -53,6 +54,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
 app.command("serve")(serve)
 app.command("train-retriever")(train_retriever)
+app.command("evaluate")(evaluate)
 
 
 def _print_version(asked: bool) -> None:

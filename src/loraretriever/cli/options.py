@@ -43,7 +43,7 @@ StrategyOption = Annotated[
         show_default="mixture",
     ),
 ]
-WeightingOption = Annotated[str | None, typer.Option(help="uniform or score.", show_default="score")]
+WeightingOption = Annotated[str | None, typer.Option(help="uniform, score, distance or effect.", show_default="score")]
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).", show_default="auto")

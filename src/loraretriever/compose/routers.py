@@ -5,6 +5,7 @@ adapter's. With v_p = s_p B_p A_p x, the output of adapter p as it acts alone, i
 logit for p is ⟨A_r x, s_r B_rᵀ v_p⟩ / √r; s_r, the router's own scaling, is 1 where `write_router` was given 1.
 moe: a linear router W (E, in) over E experts, stored as A; B is (out, E) zeros. A token's logit for expert e is
 (W x)[e].
+smear: SMEAR's router (arXiv 2306.03745), in a moe's form. It looks at whole prompts, not at tokens: no gate uses it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from loraretriever.pool.weights import digest_of, find_files, load_weights, read
 from loraretriever.types import AdapterWeights, LoraPair
 
 ROUTER_FILE = "router.json"
-ROUTER_KINDS = ("ramole", "moe")
+ROUTER_KINDS = ("ramole", "moe", "smear")
 _MAX_BYTES = 1 << 20
 _REMEDY = "Write router folders with write_router."
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """A trained router in a folder. `digest` is the SHA-256 of all that is in it; `experts` of a moe, in W's order."""
+    """A trained router in a folder. `digest` is the SHA-256 of all that is in it.
+
+    `experts`: the adapters in the order of W's rows; a ramole has none. `top_k`: how many of them acted on a token when
+    a moe was trained; None: all.
+    """
 
     kind: str
     name: str
@@ -42,6 +47,7 @@ class RouterSpec:
     rank: int
     experts: tuple[str, ...]
     base_model: str | None
+    top_k: int | None = None
 
     def weights(self) -> AdapterWeights:
         """Its factors, as CPU tensors, in the form of an adapter.
@@ -58,15 +64,17 @@ def write_router(
     modules: Mapping[str, LoraPair],
     experts: Sequence[str] = (),
     base_model: str | None = None,
+    top_k: int | None = None,
 ) -> None:
     """Write a router into a folder, which is made if need be.
 
     Args:
         folder: its last name is the router's.
-        kind: "ramole" or "moe".
-        modules: by module path; all of one rank r. ramole: a (r, in), b (out, r). moe: as `linear_router` makes them.
-        experts: of a moe, the adapters' names, as many as the rank, in the order of W's rows; of others none.
+        kind: one of `ROUTER_KINDS`.
+        modules: by module path; all of one rank r. ramole: a (r, in), b (out, r); others: by `linear_router`.
+        experts: the adapters' names, as many as the rank, in the order of W's rows; of a ramole none.
         base_model: the name of the model that it was trained for.
+        top_k: of a moe that was trained so.
 
     Raises:
         InvalidInputError: a value is not as said here.
@@ -83,7 +91,7 @@ def write_router(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ROUTER_FILE).unlink(missing_ok=True)  # half a router must not look like a whole one
     write_peft(folder, modules)
-    values = {"kind": kind, "rank": rank, "experts": list(experts), "base_model": base_model}
+    values = {"kind": kind, "rank": rank, "experts": list(experts), "base_model": base_model, "top_k": top_k}
     write_file(folder / ROUTER_FILE, json.dumps(values, indent=1) + "\n")
 
 
@@ -107,12 +115,15 @@ def read_router(folder: Path) -> RouterSpec:
         raise InvalidInputError(f"{folder / ROUTER_FILE}: experts is {experts!r:.200}; expected a list of names.")
     if not (base_model is None or isinstance(base_model, str)):
         raise InvalidInputError(f"{folder / ROUTER_FILE}: base_model is {base_model!r:.200}; expected a name or null.")
+    top_k: Any = values.get("top_k")
+    if not (top_k is None or (isinstance(top_k, int) and top_k >= 1)):
+        raise InvalidInputError(f"{folder / ROUTER_FILE}: top_k is {top_k!r:.200}; expected a number from 1, or null.")
     _check(str(folder), kind, rank, tuple(experts))
     config, weights = find_files(folder)
     _check_ranks(weights, rank)
-    content = json.dumps([kind, rank, experts, digest_of(read_config(config), weights)])
+    content = json.dumps([kind, rank, experts, top_k, digest_of(read_config(config), weights)])
     digest = hashlib.sha256(b"router" + content.encode()).hexdigest()
-    return RouterSpec(kind, folder.name, digest, folder, rank, tuple(experts), base_model)
+    return RouterSpec(kind, folder.name, digest, folder, rank, tuple(experts), base_model, top_k)
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def _check(name: str, kind: Any, rank: Any, experts: tuple[str, ...]) -> None:
         )
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InvalidInputError(f"the router {name!r} has the rank {rank!r:.200}; expected a whole number above 0.")
-    expected = rank if kind == "moe" else 0
+    expected = 0 if kind == "ramole" else rank
     if len(experts) != expected or len(set(experts)) != len(experts):
         raise InvalidInputError(
             f"the router {name!r} of kind {kind} and rank {rank} names {len(experts)} experts, {len(set(experts))} of "

@@ -41,19 +41,6 @@ def by_distance(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
     return tuple(power / sum(powers) for power in powers)
 
 
-def hedged(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
-    """By score as far as the hits are meant for the prompt, and evenly beyond that.
-
-    Where a prompt's own adapter is there, its weights are those of `by_score`. Where all hits together are unlikely to
-    be meant, the best of them is a guess, and an even mixture answers better (docs/results). Scores must be
-    probabilities, as the hybrid's are; of another retriever's only what is below `SURE` counts as doubt.
-
-    Semantics: c = min(1, Σ_j p_j / SURE), w_i = c softmax(s / τ)_i + (1 - c) / k, with scores p and logits s
-    """
-    certainty = min(1.0, max(0.0, sum(hit.score for hit in hits)) / SURE)
-    return tuple(certainty * weight + (1 - certainty) / len(hits) for weight in by_score(hits, temperature))
-
-
 def by_effect(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
     """LoGo (Lee et al., arXiv 2511.07129). Semantics: w_i = e_i / Σ_j e_j, e_i = ‖s_i B_i A_i x‖ at the last token.
 
@@ -65,12 +52,10 @@ def by_effect(hits: Sequence[Hit], temperature: float) -> tuple[float, ...]:
 
 
 PROBING = frozenset({"effect"})  # weightings that need the hits' effects
-SURE = 0.5  # chosen on validation prompts
 _NEAREST = 1e-6  # a distance of nothing would have an infinite weight
 WEIGHTINGS: dict[str, Callable[[Sequence[Hit], float], tuple[float, ...]]] = {
     "uniform": uniform,
     "score": by_score,
-    "hedged": hedged,
     "distance": by_distance,
     "effect": by_effect,
 }

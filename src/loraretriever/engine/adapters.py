@@ -59,22 +59,26 @@ class RouterRef(AdapterRef):
     spec: RouterSpec = field(compare=False)
 
 
-def read_routers(folders: Sequence[Path]) -> dict[str, RouterRef]:
-    """The routers in these folders, by kind.
+Routers = Mapping[tuple[str, int | None], RouterRef]  # by kind and by the top k that they were trained for
+
+
+def read_routers(folders: Sequence[Path]) -> dict[tuple[str, int | None], RouterRef]:
+    """The routers in these folders.
 
     Raises:
-        InvalidInputError: a folder holds no router, or two are of one kind.
+        InvalidInputError: a folder holds no router, or two are of one kind and top k.
         AdmissionError: its weights cannot be used.
     """
-    routers: dict[str, RouterRef] = {}
+    routers: dict[tuple[str, int | None], RouterRef] = {}
     for folder in folders:
         spec = read_router(folder)
-        if spec.kind in routers:
+        key = spec.kind, spec.top_k
+        if key in routers:
             raise InvalidInputError(
-                f"the routers {routers[spec.kind].spec.folder} and {folder} are both of the kind {spec.kind}; expected "
-                "one of each kind at most. Leave one out."
+                f"the routers {routers[key].spec.folder} and {folder} are both of the kind {spec.kind}; expected "
+                "one of each kind (and of a moe, of each top_k) at most. Leave one out."
             )
-        routers[spec.kind] = RouterRef(f"router {spec.name}", spec.digest, spec)
+        routers[key] = RouterRef(f"router {spec.name}", spec.digest, spec)
     return routers
 
 
@@ -88,9 +92,12 @@ class Adapters:
         host_bytes: int,
         merged: MergedStore | None = None,
         on_ready: Callable[[], None] | None = None,
-        routers: Mapping[str, RouterRef] | None = None,
+        routers: Routers | None = None,
     ) -> None:
-        """Start loading threads; see `HostStore`. `prepare` makes weights ready for a slot; `routers` by kind."""
+        """Start loading threads; see `HostStore`.
+
+        `prepare` makes weights ready for a slot; `routers`: see `read_routers`.
+        """
         self._source = source
         self._prepare = prepare
         self._merged = merged
@@ -121,18 +128,20 @@ class Adapters:
         kind = GATES[gate.kind]
         if kind.form is not None:
             refs = tuple(SpectralRef(ref.name, spectral_digest(ref.digest, kind.form), ref, kind.form) for ref in refs)
-        router = self._router(gate.kind) if kind.trained else None
+        router = self._router(gate) if kind.trained else None
         outputs = _outputs(router.spec, composition.adapters) if router is not None and router.spec.experts else ()
         return RowRoute(refs, composition.weights, composition.mixer, gate, router, outputs)
 
-    def _router(self, kind: str) -> RouterRef:
-        router = self._routers.get(kind)
-        if router is None:
+    def _router(self, gate: Gate) -> RouterRef:
+        """The gate's router: of several of its kind the one that was trained for its top k, or else for any."""
+        alike = {top_k: router for (kind, top_k), router in self._routers.items() if kind == gate.kind}
+        if not alike:
+            known = sorted({kind for kind, _ in self._routers})
             raise InvalidInputError(
-                f"the strategy {kind!r} needs a trained router of that kind, and this engine has "
-                f"{', '.join(self._routers) or 'none'}; start it with the setting routers, or choose another strategy."
+                f"the strategy {gate.kind!r} needs a trained router of that kind, and this engine has "
+                f"{', '.join(known) or 'none'}; start it with the setting routers, or choose another strategy."
             )
-        return router
+        return alike.get(gate.top_k) or alike.get(None) or next(iter(alike.values()))
 
     def prefetch(self, refs: Iterable[AdapterRef]) -> None:
         """Load adapters in the background."""

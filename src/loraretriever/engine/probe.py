@@ -83,5 +83,5 @@ def effects(x: torch.Tensor, factors: Factors) -> torch.Tensor:
     those of a slot, with the scaling folded into B
     """
     a, b = (factor.to(x.device, torch.float32) for factor in (factors.a, factors.b))
-    moved: torch.Tensor = x.float() @ a.T @ b
-    return moved.norm(dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(x.float() @ a.T @ b, dim=1)
+    return norms

@@ -25,14 +25,24 @@ def _normalise(text: str) -> str:
 
 def rouge_l(answer: str, reference: str) -> float:
     """F measure of the longest common subsequence of words."""
-    return float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure)
+    return rouge(answer, reference)[2]
+
+
+def rouge(answer: str, reference: str) -> tuple[float, float, float]:
+    """F measures of single words, pairs of words, and the longest common subsequence: ROUGE-1, ROUGE-2, ROUGE-L."""
+    scores = _rouge_scorer().score(reference, answer)
+    one, two, longest = (float(scores[kind].fmeasure) for kind in _ROUGE)
+    return one, two, longest
+
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 @functools.cache
 def _rouge_scorer() -> Any:
     with require_extra("evaluate"):
         from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(["rougeL"])
+    return RougeScorer(list(_ROUGE))
 
 
 def bleu(answer: str, reference: str) -> float:
@@ -55,3 +65,9 @@ def score(metric: str, answer: str, reference: str) -> float:
     if metric not in _METRICS:
         raise InvalidInputError(f"unknown metric {metric!r}; expected one of {', '.join(_METRICS)}.")
     return _METRICS[metric](answer, reference)
+
+
+def score_all(answer: str, reference: str) -> tuple[float, float, float, float, float]:
+    """Exact match, ROUGE-1, ROUGE-2, ROUGE-L and BLEU of an answer, white space around it aside."""
+    answer = answer.strip()
+    return exact_match(answer, reference), *rouge(answer, reference), bleu(answer, reference)

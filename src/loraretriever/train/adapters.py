@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -54,7 +54,7 @@ class TrainingResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class Tokens:
     """One example as token ids; the first `prompt` of them are the prompt."""
 
     ids: list[int]
@@ -94,31 +94,42 @@ def train_adapter(
     return result
 
 
-def _make_batches(tokenizer: Any, examples: Sequence[Example], settings: TrainingSettings) -> list[list[_Tokens]]:
-    """All batches of all epochs, in order: examples of similar length together, the batches shuffled."""
+def _make_batches(tokenizer: Any, examples: Sequence[Example], settings: TrainingSettings) -> list[list[Tokens]]:
+    """All batches of all epochs, in order."""
     rng = random.Random(settings.seed)
     chosen = list(examples)
     rng.shuffle(chosen)
-    tokens = [_tokenize(tokenizer, example) for example in chosen[: settings.examples]]
-    batches: list[list[_Tokens]] = []
-    for _ in range(settings.epochs):
-        rng.shuffle(tokens)
-        ordered = sorted(tokens, key=lambda t: len(t.ids))
-        epoch = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
+    tokens = [tokenize_example(tokenizer, example) for example in chosen[: settings.examples]]
+    return arrange(tokens, lambda each: len(each.ids), settings.batch_size, settings.epochs, rng)
+
+
+_Item = TypeVar("_Item")
+
+
+def arrange(
+    items: Sequence[_Item], length: Callable[[_Item], int], batch_size: int, epochs: int, rng: random.Random
+) -> list[list[_Item]]:
+    """The batches of all epochs, in order: items of similar length together, the batches shuffled."""
+    shuffled, batches = list(items), list[list[_Item]]()
+    for _ in range(epochs):
+        rng.shuffle(shuffled)
+        ordered = sorted(shuffled, key=length)
+        epoch = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
         rng.shuffle(epoch)
         batches += epoch
     return batches
 
 
-def _tokenize(tokenizer: Any, example: Example) -> _Tokens:
+def tokenize_example(tokenizer: Any, example: Example) -> Tokens:
+    """The prompt in the model's template, the answer, and the end token."""
     prompt = tokenizer(render_prompt(tokenizer, example.inputs), add_special_tokens=False).input_ids
     completion = tokenizer(example.targets, add_special_tokens=False).input_ids
-    return _Tokens(prompt + completion + [tokenizer.eos_token_id], len(prompt))
+    return Tokens(prompt + completion + [tokenizer.eos_token_id], len(prompt))
 
 
 def _run_steps(
     model: Any,
-    batches: list[list[_Tokens]],
+    batches: list[list[Tokens]],
     checkpoint: Path,
     settings: TrainingSettings,
     on_step: Progress,
@@ -126,12 +137,12 @@ def _run_steps(
 ) -> TrainingResult:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_linear(settings.warmup, len(batches)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(settings.warmup, len(batches)))
     losses, seconds = _resume(checkpoint, settings, model, optimizer, schedule)
     model.train()
     for step in range(len(losses), len(batches)):
         start = time.perf_counter()
-        loss = _completion_loss(model.base_model.model, batches[step])
+        loss = completion_loss(model.base_model.model, batches[step])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -148,12 +159,13 @@ def _run_steps(
     return TrainingResult(round(first, 4), round(last, 4), len(losses), round(seconds, 1))
 
 
-def _warmup_then_linear(warmup: float, steps: int) -> Callable[[int], float]:
+def warmup_then_linear(warmup: float, steps: int) -> Callable[[int], float]:
+    """The learning rate's factor at each step: rising over a share of the steps, then falling to zero."""
     rising = max(1, round(warmup * steps))
     return lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
-def _completion_loss(model: Any, batch: list[_Tokens]) -> torch.Tensor:
+def completion_loss(model: Any, batch: Sequence[Tokens]) -> torch.Tensor:
     """Mean cross-entropy of the completions' tokens; right padding, whose positions causal attention never sees."""
     longest = max(len(t.ids) for t in batch)
     ids = torch.tensor([t.ids + [0] * (longest - len(t.ids)) for t in batch])

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from loraretriever.compose import weigh
-from loraretriever.compose.weighting import SURE
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import Hit
 
@@ -31,20 +30,3 @@ def test_effect_is_each_norm_over_their_sum() -> None:
     hits = [Hit("a", 0.9, effect=1.0), Hit("b", 0.5, effect=3.0)]
     assert weigh(hits, "effect", 1.0) == (0.25, 0.75)
     assert weigh([Hit("a", 0.9, effect=0.0), Hit("b", 0.5, effect=0.0)], "effect", 1.0) == (0.5, 0.5)
-
-
-def test_hedged_is_by_score_where_the_hits_are_sure() -> None:
-    hits = [Hit("a", 0.6, 2.0), Hit("b", 0.1, 0.0)]
-    assert weigh(hits, "hedged", 1.0) == weigh(hits, "score", 1.0)
-
-
-def test_hedged_goes_to_even_weights_as_the_hits_lose_probability() -> None:
-    logits, scores = (2.0, 0.0, -1.0), (0.15, 0.04, 0.01)
-    hits = [Hit(name, score, logit) for name, score, logit in zip("abc", scores, logits, strict=True)]
-    certainty = sum(scores) / SURE
-    powers = [math.exp(logit) for logit in logits]
-    expected = [certainty * power / sum(powers) + (1 - certainty) / 3 for power in powers]
-    assert weigh(hits, "hedged", 1.0) == pytest.approx(expected)
-    none = [Hit("a", 0.0, 2.0), Hit("b", 0.0, 0.0)]
-    assert weigh(none, "hedged", 1.0) == (0.5, 0.5)
-    assert weigh([Hit("a", -0.3, 2.0), Hit("b", -0.4, 0.0)], "hedged", 1.0) == (0.5, 0.5)
