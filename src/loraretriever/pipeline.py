@@ -16,7 +16,7 @@ from typing import Any, Self
 from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, weigh
 from loraretriever.config import DEFAULT_ENCODER, Settings, cache_folder, load_settings
 from loraretriever.engine import Answers, Engine
-from loraretriever.errors import AdapterNotFoundError, AdmissionError, InvalidInputError
+from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import Explanation, PoolMap, Reader, Retriever, Views
 from loraretriever.retrieve.encoder import Vectors
@@ -387,29 +387,9 @@ def _load_retriever(pool: Reader, settings: Settings) -> Retriever:
 
 def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
     from loraretriever.compose.merged import MergedStore
-    from loraretriever.engine.local import LocalEngine
-    from loraretriever.models import linear_modules, load_base_model
+    from loraretriever.engine.loading import load_local_engine
 
-    base = load_base_model(settings.base_model or pool.base_model, settings.dtype, settings.device)
-    problems = pool.check_shapes(linear_modules(base.name, base.model))
-    if problems:
-        raise AdmissionError(
-            "adapters of the pool do not fit the base model; disable or remove them, or name another base model:\n"
-            + "\n".join(problems)
-        )
-    return LocalEngine(
-        base,
-        pool,
-        slots=settings.slots,
-        batch_size=settings.batch_size,
-        step_tokens=settings.step_tokens,
-        cache_mib=settings.cache_mib,
-        prefix_mib=settings.prefix_mib,
-        host_mib=settings.host_mib,
-        queue=settings.queue,
-        merged=MergedStore(cache_folder() / "merged", _MERGED_BYTES),
-        routers=settings.routers,
-    )
+    return load_local_engine(pool, settings, MergedStore(cache_folder() / "merged", _MERGED_BYTES), settings.routers)
 
 
 def _one_per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> Sequence[Sampling]:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from loraretriever.evaluate.tasks import Example
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
-from loraretriever.train.adapters import TrainingResult, TrainingSettings, train_adapter
+from loraretriever.train.adapters import TrainingSettings, train_adapter
+from loraretriever.train.steps import StepsResult
 from tiny import TINY_BASE, TINY_SPEC, tiny_llama
 from tiny_text import tiny_tokenizer
 
@@ -26,7 +27,7 @@ def base() -> BaseModel:
     return BaseModel(TINY_BASE, tiny_llama(), tiny_tokenizer())
 
 
-def train(base: BaseModel, folder: Path, stop_at: int | None = None) -> TrainingResult:
+def train(base: BaseModel, folder: Path, stop_at: int | None = None) -> StepsResult:
     def on_step(step: int, steps: int, loss: float) -> None:
         if step == stop_at:
             raise KilledError

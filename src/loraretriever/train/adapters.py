@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from safetensors.torch import save_file
 from loraretriever.errors import require_extra
 from loraretriever.evaluate.tasks import Example
 from loraretriever.models import BaseModel, render_prompt
+from loraretriever.train.steps import Progress, StepsResult, Trained, run_steps
 
 with require_extra("train"):
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +42,6 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """Mean loss over the first and the last tenth of the steps, their number, and the time in seconds."""
-
-    first_loss: float
-    last_loss: float
-    steps: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Tokens:
     """One example as token ids; the first `prompt` of them are the prompt."""
 
@@ -68,7 +56,7 @@ def train_adapter(
     settings: TrainingSettings,
     on_step: Progress = lambda step, steps, loss: None,
     save_every: int = 10,
-) -> TrainingResult:
+) -> StepsResult:
     """Train an adapter for `base` (float32 weights) and save it to `folder` in PEFT format, in float16.
 
     A checkpoint in `folder` is written every `save_every` steps; a call with the same settings goes on from it.
@@ -85,7 +73,25 @@ def train_adapter(
     model = get_peft_model(base.model, config)
     try:
         batches = _make_batches(base.tokenizer, examples, settings)
-        result = _run_steps(model, batches, folder / "checkpoint.pt", settings, on_step, save_every)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = Trained(
+            parameters,
+            lambda: get_peft_model_state_dict(model),
+            lambda state: set_peft_model_state_dict(model, state),
+        )
+        model.train()
+        result = run_steps(
+            trained,
+            batches,
+            lambda step, batch: completion_loss(model.base_model.model, batch),
+            folder / "checkpoint.pt",
+            asdict(settings),
+            on_step,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            save_every=save_every,
+        )
+        model.eval()
         _save(model, base.name, folder)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     finally:
@@ -127,44 +133,6 @@ def tokenize_example(tokenizer: Any, example: Example) -> Tokens:
     return Tokens(prompt + completion + [tokenizer.eos_token_id], len(prompt))
 
 
-def _run_steps(
-    model: Any,
-    batches: list[list[Tokens]],
-    checkpoint: Path,
-    settings: TrainingSettings,
-    on_step: Progress,
-    save_every: int,
-) -> TrainingResult:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(settings.warmup, len(batches)))
-    losses, seconds = _resume(checkpoint, settings, model, optimizer, schedule)
-    model.train()
-    for step in range(len(losses), len(batches)):
-        start = time.perf_counter()
-        loss = completion_loss(model.base_model.model, batches[step])
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds += time.perf_counter() - start
-        if (step + 1) % save_every == 0:
-            _write_checkpoint(checkpoint, settings, model, optimizer, schedule, losses, seconds)
-        on_step(step + 1, len(batches), losses[-1])
-    model.eval()
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return TrainingResult(round(first, 4), round(last, 4), len(losses), round(seconds, 1))
-
-
-def warmup_then_linear(warmup: float, steps: int) -> Callable[[int], float]:
-    """The learning rate's factor at each step: rising over a share of the steps, then falling to zero."""
-    rising = max(1, round(warmup * steps))
-    return lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-
-
 def completion_loss(model: Any, batch: Sequence[Tokens]) -> torch.Tensor:
     """Mean cross-entropy of the completions' tokens; right padding, whose positions causal attention never sees."""
     longest = max(len(t.ids) for t in batch)
@@ -175,43 +143,6 @@ def completion_loss(model: Any, batch: Sequence[Tokens]) -> torch.Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[rows, [p - 1 for p in positions]])
     return torch.nn.functional.cross_entropy(logits.float(), ids[rows, positions])
-
-
-def _write_checkpoint(
-    path: Path,
-    settings: TrainingSettings,
-    model: Any,
-    optimizer: Any,
-    schedule: Any,
-    losses: list[float],
-    seconds: float,
-) -> None:
-    state = {
-        "settings": asdict(settings),
-        "adapter": get_peft_model_state_dict(model),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "losses": losses,
-        "seconds": seconds,
-    }
-    unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    unfinished.rename(path)
-
-
-def _resume(
-    path: Path, settings: TrainingSettings, model: Any, optimizer: Any, schedule: Any
-) -> tuple[list[float], float]:
-    """Restore a checkpoint of the same settings, if there is one: its losses and seconds so far."""
-    if not path.is_file():
-        return [], 0.0
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != asdict(settings):
-        return [], 0.0
-    set_peft_model_state_dict(model, state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return list(state["losses"]), float(state["seconds"])
 
 
 def _save(model: Any, base_name: str, folder: Path) -> None:

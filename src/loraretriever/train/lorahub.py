@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class LoraHubSettings:
 
 @dataclass(frozen=True, slots=True)
 class LoraHubResult:
-    """The weights of a fusion, the least value of the objective, and how long it took."""
+    """The weights of a fusion that the search recommends, their objective, and how long it took in seconds."""
 
     weights: dict[str, float]
     loss: float
@@ -71,7 +72,10 @@ def fit_lorahub(
         space = nevergrad.p.Array(init=[0.0] * len(names), lower=-settings.bound, upper=settings.bound)
         space.random_state.seed(settings.seed)
         optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=settings.budget)
-        best = optimizer.minimize(objective)
+        with warnings.catch_warnings():
+            # nevergrad gives scipy's COBYLA a radius that the newer ones correct, with a warning.
+            warnings.filterwarnings("ignore", "COBYLA: Invalid RHOEND", UserWarning)
+            best = optimizer.minimize(objective)
         loss = objective(best.value)
     finally:
         likelihood.close()

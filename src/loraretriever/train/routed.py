@@ -19,6 +19,7 @@ from torch import nn
 from loraretriever.errors import InvalidInputError
 from loraretriever.types import AdapterWeights, LoraPair
 
+_INITIAL = 0.01  # standard deviation of a linear router's weights at first
 KINDS = ("moe", "smear", "ramole")
 
 
@@ -136,12 +137,23 @@ class RoutedModel:
             a = torch.empty(rank, features)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             return nn.Parameter(a), nn.Parameter(torch.zeros(out, rank))  # even weights at first
-        return (nn.Parameter(torch.zeros(len(self.names), features)),)
+        # Not zero: where all logits are equal, the first experts would be the only ones to learn at the top k.
+        return (nn.Parameter(torch.randn(len(self.names), features) * _INITIAL),)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [parameter for router in self.routers.values() for parameter in router]
+
+    def state(self) -> list[torch.Tensor]:
+        """The parameters' values, for a checkpoint."""
+        return [parameter.detach() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def load_state(self, state: Sequence[torch.Tensor]) -> None:
+        """Take the values of a checkpoint."""
+        for parameter, kept in zip(self.parameters, state, strict=True):
+            parameter.copy_(kept)
 
     def pairs(self) -> dict[str, LoraPair]:
         """The routers as `compose.routers.write_router` takes them."""
@@ -178,13 +190,16 @@ class RoutedModel:
     def installed(self) -> Iterator[None]:
         """Inside the block the model's adapted modules are routed."""
         modules = {module: self._model.get_submodule(module) for module in self._experts}
+        replaced = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
         for name, module in modules.items():
             module.forward = partial(self._forward, name, module.forward)
         try:
             yield
         finally:
-            for module in modules.values():
+            for name, module in modules.items():
                 del module.forward
+                if name in replaced:
+                    module.forward = replaced[name]
             self._kept.clear()
 
     def _forward(self, name: str, base: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +218,7 @@ class RoutedModel:
     def _of_prompt(self, name: str, x: torch.Tensor, allowed: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         """SMEAR's weights. Semantics: w[n] = softmax(W mean_{t in prompt} x[n, t]). Returns (N, E)."""
         if x.shape[1] == self.prompt.shape[1]:
-            prompt = self.prompt.to(x.dtype)
+            prompt = self.prompt.to(router.dtype)  # float32: sums of half precision lose count
             mean = (x * prompt[..., None]).sum(dim=1) / prompt.sum(dim=1, keepdim=True)
-            self._kept[name] = shares(mean.to(router.dtype) @ router.T, allowed, None)
+            self._kept[name] = shares(mean @ router.T, allowed, None)
         return self._kept[name]

@@ -7,9 +7,9 @@ numbers of steps are not in the papers: those here are ours.
 
 from __future__ import annotations
 
+import hashlib
 import random
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from loraretriever.compose.routers import write_router
 from loraretriever.errors import InvalidInputError
 from loraretriever.evaluate.tasks import Example
 from loraretriever.models import BaseModel
-from loraretriever.train.adapters import Tokens, arrange, completion_loss, tokenize_example, warmup_then_linear
+from loraretriever.train.adapters import Tokens, arrange, completion_loss, tokenize_example
 from loraretriever.train.routed import RoutedModel
+from loraretriever.train.steps import Progress, StepsResult, Trained, run_steps
 from loraretriever.types import AdapterWeights
 
 CHECKPOINT = "checkpoint.pt"
@@ -42,16 +43,6 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class RouterResult:
-    """Mean loss over the first and the last tenth of the steps, their number, and the time in seconds."""
-
-    first_loss: float
-    last_loss: float
-    steps: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Item:
     tokens: Tokens
     allowed: tuple[int, ...]
@@ -65,12 +56,12 @@ def train_router(
     candidates: Sequence[tuple[str, ...]] | None,
     folder: Path,
     settings: RouterSettings,
-    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    on_step: Progress = lambda step, steps, loss: None,
     save_every: int = 10,
-) -> RouterResult:
+) -> StepsResult:
     """Train a router and write it to `folder` (`compose.routers`). The base model is left as it was.
 
-    A checkpoint in `folder` is written every `save_every` steps; a call with the same settings goes on from it.
+    A checkpoint in `folder` is written every `save_every` steps; a call with the same arguments goes on from it.
 
     Args:
         kind: "moe", "smear" or "ramole".
@@ -97,7 +88,17 @@ def train_router(
     base.model.requires_grad_(False)
     try:
         with model.installed():
-            result = _run_steps(base.model, model, batches, folder / CHECKPOINT, settings, on_step, save_every)
+            result = run_steps(
+                Trained(model.parameters, model.state, model.load_state),
+                batches,
+                lambda step, batch: _loss(base.model, model, batch, settings, step),
+                folder / CHECKPOINT,
+                asdict(settings) | {"kind": kind, "adapters": list(model.names), "data": _digest(items)},
+                on_step,
+                learning_rate=settings.learning_rate,
+                warmup=settings.warmup,
+                save_every=save_every,
+            )
     finally:
         for parameter, needed in zip(base.model.parameters(), required, strict=True):
             parameter.requires_grad_(needed)
@@ -123,34 +124,11 @@ def _items(
     ]
 
 
-def _run_steps(
-    model: Any,
-    routed: RoutedModel,
-    batches: Sequence[Sequence[_Item]],
-    checkpoint: Path,
-    settings: RouterSettings,
-    on_step: Callable[[int, int, float], None],
-    save_every: int,
-) -> RouterResult:
-    optimizer = torch.optim.AdamW(routed.parameters, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(settings.warmup, len(batches)))
-    losses, seconds = _resume(checkpoint, settings, routed, optimizer, schedule)
-    for step in range(len(losses), len(batches)):
-        start = time.perf_counter()
-        loss = _loss(model, routed, batches[step], settings, step)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(routed.parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds += time.perf_counter() - start
-        if (step + 1) % save_every == 0:
-            _write_checkpoint(checkpoint, settings, routed, optimizer, schedule, losses, seconds)
-        on_step(step + 1, len(batches), losses[-1])
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return RouterResult(round(first, 4), round(last, 4), len(losses), round(seconds, 1))
+def _digest(items: Sequence[_Item]) -> str:
+    """Of the examples and the adapters that each may use."""
+    return hashlib.sha256(
+        repr([(item.tokens.ids, item.tokens.prompt, item.allowed) for item in items]).encode()
+    ).hexdigest()
 
 
 def _loss(model: Any, routed: RoutedModel, batch: Sequence[_Item], settings: RouterSettings, step: int) -> torch.Tensor:
@@ -159,9 +137,8 @@ def _loss(model: Any, routed: RoutedModel, batch: Sequence[_Item], settings: Rou
     prompt = torch.zeros(len(batch), longest, dtype=torch.bool)
     draw = random.Random(f"{settings.seed} {step}")  # by the step alone, so that a resumed run draws the same
     for n, item in enumerate(batch):
-        allowed[
-            n, list(_dropped(item.allowed, settings.dropout, draw) if routed.kind == "ramole" else item.allowed)
-        ] = True
+        kept = _dropped(item.allowed, settings.dropout, draw) if routed.kind == "ramole" else item.allowed
+        allowed[n, list(kept)] = True
         prompt[n, : item.tokens.prompt] = True
     routed.allowed, routed.prompt = allowed, prompt
     return completion_loss(model, [item.tokens for item in batch])
@@ -171,43 +148,3 @@ def _dropped(allowed: tuple[int, ...], share: float, draw: random.Random) -> tup
     """RAMoLE's random dropping of adapters; one stays at least."""
     kept = tuple(each for each in allowed if draw.random() >= share)
     return kept or (draw.choice(allowed),)
-
-
-def _write_checkpoint(
-    path: Path,
-    settings: RouterSettings,
-    routed: RoutedModel,
-    optimizer: Any,
-    schedule: Any,
-    losses: list[float],
-    seconds: float,
-) -> None:
-    state = {
-        "settings": asdict(settings),
-        "names": list(routed.names),
-        "routers": [parameter.detach() for parameter in routed.parameters],
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "losses": losses,
-        "seconds": seconds,
-    }
-    unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    unfinished.rename(path)
-
-
-def _resume(
-    path: Path, settings: RouterSettings, routed: RoutedModel, optimizer: Any, schedule: Any
-) -> tuple[list[float], float]:
-    """Restore a checkpoint of the same settings and adapters, if there is one: its losses and seconds so far."""
-    if not path.is_file():
-        return [], 0.0
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != asdict(settings) or state["names"] != list(routed.names):
-        return [], 0.0
-    with torch.no_grad():
-        for parameter, kept in zip(routed.parameters, state["routers"], strict=True):
-            parameter.copy_(kept)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return list(state["losses"]), float(state["seconds"])

@@ -113,17 +113,17 @@ def halve(adapters: Sequence[str], examples: Sequence[Example], loss: Loss, firs
     racing, behind = list(adapters), list[str]()
     known: dict[str, list[float]] = {name: [] for name in adapters}
     count = 0
-    while racing:
+    while len(racing) > 1:
         last, count = count, min(len(examples), first if count == 0 else 2 * count)
         pairs = [(name, example) for name in racing for example in examples[last:count]]
         for (name, _), value in zip(pairs, loss(pairs), strict=True):
             known[name].append(value)
         racing.sort(key=lambda name: float(np.mean(known[name])))
-        if len(racing) == 1 or count == len(examples):
-            return racing + behind
+        if count == len(examples):
+            break
         kept = (len(racing) + 1) // 2
         racing, behind = racing[:kept], racing[kept:] + behind
-    return behind
+    return racing + behind
 
 
 def rank_adapters(

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraretriever.compose import get_strategy, weigh
-from loraretriever.evaluate.experiment.answers import CHOICES, Answer, composition_key
+from loraretriever.evaluate.experiment.answers import CHOICES, Answer
 from loraretriever.evaluate.experiment.methods import Method
 from loraretriever.evaluate.experiment.results import METRICS, PRIMARY, SETTINGS, CurvePoint, MethodInfo, TestPrompt
 from loraretriever.evaluate.experiment.setup import Setup, timed_copies
 from loraretriever.evaluate.metrics import score_all
 from loraretriever.jsonl import read_jsonl
-from loraretriever.types import BASE_COMPOSITION, Composition
+from loraretriever.types import BASE_COMPOSITION
 
 TIMINGS = "timings.jsonl"
 Scores = dict[tuple[str, str], NDArray[np.float64]]
@@ -56,7 +56,7 @@ def answer_all(setup: Setup, methods: Sequence[Method]) -> tuple[Scores, dict[st
                 title = f"{method.info.title}, {setting}"
                 answers = method.answer(setup, title, setup.prompts, compositions)
                 for prompt, composition in zip(setup.prompts, compositions, strict=True):
-                    choices.write(_choice(method.info.name, setting, prompt, composition))
+                    choices.write(_choice(method.info.name, setting, prompt, setup.key(composition)))
                 scores[method.info.name, setting] = scorer.score(setup.prompts, answers)
                 if setting == "iid":
                     width[method.info.name] = float(np.mean([len(each.adapters) for each in compositions]))
@@ -64,8 +64,8 @@ def answer_all(setup: Setup, methods: Sequence[Method]) -> tuple[Scores, dict[st
     return scores, width
 
 
-def _choice(method: str, setting: str, prompt: TestPrompt, composition: Composition) -> str:
-    row = {"method": method, "setting": setting, "prompt": prompt.id, "composition": composition_key(composition)}
+def _choice(method: str, setting: str, prompt: TestPrompt, composition: str) -> str:
+    row = {"method": method, "setting": setting, "prompt": prompt.id, "composition": composition}
     return json.dumps(row) + "\n"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import random
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from loraretriever.types import BASE_COMPOSITION, Composition, Hit, Route
 
 
 @dataclass(eq=False)
-class Method:
+class Method(ABC):
     """One method. `settings` are those that it is run under."""
 
     info: MethodInfo
@@ -30,9 +31,9 @@ class Method:
         """Train or fit what it needs, before the engine is made; False: it cannot be had with this pool and data."""
         return True
 
+    @abstractmethod
     def compose(self, setup: Setup, prompts: Sequence[TestPrompt], setting: str) -> list[Composition]:
         """The composition for each prompt."""
-        raise NotImplementedError
 
     def answer(
         self, setup: Setup, title: str, prompts: Sequence[TestPrompt], compositions: Sequence[Composition]
@@ -186,6 +187,3 @@ def draw_experts(setup: Setup) -> tuple[str, ...]:
         domains[setup.catalogue.domains.get(task, task)].append(adapter)
     draw = random.Random(setup.options.seed)
     return tuple(draw.choice(names) for _, names in sorted(domains.items()))
-
-
-Factory = Callable[[], Method]

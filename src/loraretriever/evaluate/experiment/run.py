@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loraretriever.engine import Engine
+from loraretriever.engine.loading import load_local_engine
 from loraretriever.errors import InvalidInputError
 from loraretriever.evaluate.environment import environment
 from loraretriever.evaluate.experiment.answers import AnswerStore
@@ -102,7 +102,8 @@ def run_stream(
             options=plan.options,
             folder=plan.output,
             store=AnswerStore(plan.output, facts_of(lr, plan.options, stream)),
-            open_engine=_engine_opener(lr),
+            # Merged adapters are not kept on disk: their making takes its time, and that is measured.
+            open_engine=lambda routers: load_local_engine(lr.pool, lr.settings, None, routers),
             train=others.get("train", {}),
             validation=others.get("validation", {}),
             stage=stage,
@@ -138,31 +139,6 @@ def run_stream(
         about=about,
         published=figures or {},
     )
-
-
-def _engine_opener(lr: LoraRetriever) -> Callable[[Sequence[Path]], Engine]:
-    """Engines for this pool that know trained routers. Merged adapters are not kept: their making takes its time."""
-
-    def open_engine(routers: Sequence[Path]) -> Engine:
-        from loraretriever.engine.local import LocalEngine
-        from loraretriever.models import load_base_model
-
-        settings = lr.settings
-        base = load_base_model(settings.base_model or lr.pool.base_model, settings.dtype, settings.device)
-        return LocalEngine(
-            base,
-            lr.pool,
-            slots=settings.slots,
-            batch_size=settings.batch_size,
-            step_tokens=settings.step_tokens,
-            cache_mib=settings.cache_mib,
-            prefix_mib=settings.prefix_mib,
-            host_mib=settings.host_mib,
-            queue=settings.queue,
-            routers=routers,
-        )
-
-    return open_engine
 
 
 def _split_or_nothing(folder: Path, split: str, own: Mapping[str, str]) -> Mapping[str, Sequence[Example]]:

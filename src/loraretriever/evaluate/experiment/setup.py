@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from loraretriever.config import Settings
 from loraretriever.engine import Engine
@@ -15,7 +16,7 @@ from loraretriever.evaluate.experiment.answers import Answer, AnswerStore, compo
 from loraretriever.evaluate.experiment.results import TestPrompt
 from loraretriever.evaluate.experiment.stream import Catalogue
 from loraretriever.evaluate.tasks import Example
-from loraretriever.models import BaseModel, load_base_model
+from loraretriever.models import BaseModel, load_base_model, load_tokenizer, render_prompt
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.types import Composition, Request, Route, Sampling
 
@@ -91,6 +92,9 @@ class Setup:
     validation: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     stage: Stage = silent
     routers: list[Path] = field(default_factory=list)  # trained ones, that the engine is to know
+    # Digests of trained routers by strategy and top k: answers under another router are other answers.
+    router_digests: dict[tuple[str, int | None], str] = field(default_factory=dict)
+    _tokenizer: Any = None
     _engine: Engine | None = None
     _base: BaseModel | None = None
     _routes: dict[tuple[str, str], dict[str, Route]] = field(default_factory=lambda: defaultdict(dict))
@@ -175,21 +179,29 @@ class Setup:
         if self.options.max_tokens is not None:
             return self.options.max_tokens
         if prompt.task not in self._limits:
-            from loraretriever.models import load_tokenizer
-
-            tokenizer = load_tokenizer(self.base_name)
             references = [each.targets for each in self.prompts if each.task == prompt.task]
-            longest = max((len(tokenizer(text).input_ids) for text in references), default=42)
+            longest = max((len(self.tokenizer(text).input_ids) for text in references), default=42)
             self._limits[prompt.task] = 8 + longest
         return self._limits[prompt.task]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base_name)
+        return self._tokenizer
+
     def rendered(self, prompt: TestPrompt) -> str:
         """The text that the model reads."""
-        from loraretriever.models import load_tokenizer, render_prompt
-
         if self.options.render is not None:
             return self.options.render(prompt.inputs)
-        return render_prompt(load_tokenizer(self.base_name), prompt.inputs)
+        return render_prompt(self.tokenizer, prompt.inputs)
+
+    def key(self, composition: Composition) -> str:
+        """What stands for a composition in the files: its text, with the digest of the router that it needs."""
+        gate = composition.gate
+        digest = self.router_digests.get((composition.strategy, gate.top_k if gate else None))
+        return composition_key(composition) + (f"@{digest[:12]}" if digest else "")
 
     def request(self, prompt: TestPrompt, composition: Composition, sampling: Sampling | None = None) -> Request:
         """The request to the engine for a prompt under a composition."""
@@ -203,7 +215,7 @@ class Setup:
 
     def answer(self, title: str, prompts: Sequence[TestPrompt], compositions: Sequence[Composition]) -> list[Answer]:
         """The answers to prompts, each under its composition; only those that are not known are made."""
-        keys = [composition_key(composition) for composition in compositions]
+        keys = [self.key(composition) for composition in compositions]
         missing = {
             (prompt.id, key): self.request(prompt, composition)
             for prompt, key, composition in zip(prompts, keys, compositions, strict=True)

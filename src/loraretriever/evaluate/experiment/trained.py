@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import random
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraretriever.compose import get_strategy
-from loraretriever.evaluate.experiment.answers import Answer, composition_key
+from loraretriever.compose.routers import read_router
+from loraretriever.evaluate.experiment.answers import Answer
 from loraretriever.evaluate.experiment.methods import Method, Retrieved, draw_experts
 from loraretriever.evaluate.experiment.results import TestPrompt
 from loraretriever.evaluate.experiment.setup import Setup
 from loraretriever.evaluate.tasks import Example
+from loraretriever.train.steps import StepsResult
 from loraretriever.train.tasks import TaskIndex, rank_adapters, unit_mean
 from loraretriever.types import BASE_COMPOSITION, Composition, Hit, Mixer
 
@@ -75,8 +78,9 @@ class LoraHub(Method):
 class _Routed(Method):
     """What methods with a trained router share."""
 
-    kind = ""
+    kind = ""  # of the router, and the strategy's name
     folder_name = ""
+    top_k: int | None = None
 
     def prepare(self, setup: Setup) -> bool:
         """See `Method`."""
@@ -90,6 +94,7 @@ class _Routed(Method):
             _write(record, {"seconds": result.seconds, "first_loss": result.first_loss, "last_loss": result.last_loss})
         seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
         self.info = replace(self.info, train_seconds=seconds)
+        setup.router_digests[self.kind, self.top_k] = read_router(folder).digest
         self.register(setup, folder)
         return True
 
@@ -97,9 +102,9 @@ class _Routed(Method):
         """Tell the engine of the router."""
         setup.routers.append(folder)
 
-    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> Any:
+    @abstractmethod
+    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> StepsResult:
         """Train the router into a folder."""
-        raise NotImplementedError
 
     def candidates(self, setup: Setup) -> tuple[str, ...]:
         """The adapters that it is trained over."""
@@ -108,13 +113,12 @@ class _Routed(Method):
     def train(
         self,
         setup: Setup,
-        kind: str,
         examples: Sequence[Example],
         folder: Path,
         candidates: Sequence[tuple[str, ...]] | None,
         **options: Any,
-    ) -> Any:
-        """Train a router of that kind, with progress."""
+    ) -> StepsResult:
+        """Train a router of the method's kind, with progress."""
         from loraretriever.train.routers import RouterSettings, train_router
 
         settings = RouterSettings(seed=setup.options.seed, **options)
@@ -123,7 +127,7 @@ class _Routed(Method):
         adapters = {name: setup.lr.pool.weights(name) for name in self.candidates(setup)}
         with setup.stage(f"training {self.info.title}", 100) as advance:
             on_step = _in_percent(advance)
-            return train_router(kind, setup.base, adapters, examples, candidates, folder, settings, on_step)
+            return train_router(self.kind, setup.base, adapters, examples, candidates, folder, settings, on_step)
 
 
 def _in_percent(advance: Callable[[], None]) -> Callable[[int, int, float], None]:
@@ -152,6 +156,7 @@ class MixtureOfExperts(_Routed):
     """
 
     top_k: int | None = None
+    kind = "moe"
 
     def __post_init__(self) -> None:
         self.folder_name = self.info.name
@@ -160,9 +165,9 @@ class MixtureOfExperts(_Routed):
         """See `_Routed`."""
         return draw_experts(setup)
 
-    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> Any:
+    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> StepsResult:
         """See `_Routed`."""
-        return self.train(setup, "moe", examples, folder, None, top_k=self.top_k)
+        return self.train(setup, examples, folder, None, top_k=self.top_k)
 
     def compose(self, setup: Setup, prompts: Sequence[TestPrompt], setting: str) -> list[Composition]:
         """See `Method`."""
@@ -178,7 +183,7 @@ class Smear(_Routed):
     It is not a token router and runs in transformers' `generate`, not in the engine.
     """
 
-    folder_name = "smear"
+    kind = folder_name = "smear"
     router: Path | None = None
 
     def candidates(self, setup: Setup) -> tuple[str, ...]:
@@ -189,9 +194,9 @@ class Smear(_Routed):
         """The engine does not know it."""
         self.router = folder
 
-    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> Any:
+    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> StepsResult:
         """See `_Routed`."""
-        return self.train(setup, "smear", examples, folder, None)
+        return self.train(setup, examples, folder, None)
 
     def compose(self, setup: Setup, prompts: Sequence[TestPrompt], setting: str) -> list[Composition]:
         """Which experts the prompt may use; their weights come from the router."""
@@ -206,7 +211,7 @@ class Smear(_Routed):
         self, setup: Setup, title: str, prompts: Sequence[TestPrompt], compositions: Sequence[Composition]
     ) -> list[Answer]:
         """See `Method`."""
-        keys = [composition_key(each) for each in compositions]
+        keys = [setup.key(each) for each in compositions]
         rows = list(zip(prompts, keys, compositions, strict=True))
         missing = [row for row in rows if setup.store.get(row[0].id, row[1]) is None]
         if missing:
@@ -235,13 +240,13 @@ class Smear(_Routed):
 class Ramole(_Routed):
     """RAMoLE (arXiv 2406.16989): a gate over the retrieved adapters, trained with adapters dropped at random."""
 
-    folder_name = "ramole"
+    kind = folder_name = "ramole"
 
-    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> Any:
+    def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> StepsResult:
         """See `_Routed`."""
         routes = setup.lr.route([each.inputs for each in examples], k=setup.options.k, threshold=-1.0)
         candidates = [tuple(hit.adapter for hit in route.hits) for route in routes]
-        return self.train(setup, "ramole", examples, folder, candidates)
+        return self.train(setup, examples, folder, candidates)
 
     def compose(self, setup: Setup, prompts: Sequence[TestPrompt], setting: str) -> list[Composition]:
         """See `Method`."""
