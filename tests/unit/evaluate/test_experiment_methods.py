@@ -221,8 +221,12 @@ def test_times_are_taken_beside_the_base_model_and_kept(setup: Setup) -> None:
     assert all(request.sampling.ignore_end for request in engine.requests)
     assert time_all(setup, methods) == infos
     assert len(engine.requests) == asked
-    texts = [request.prompt for request in engine.requests if request.composition.adapters]
-    assert len(set(texts)) == len(texts)  # no cache can know them
+    assert all(request.prompt == request.prompt.strip() for request in engine.requests)
+    batches = [request.namespace for request in engine.requests]
+    assert len(set(batches)) == 1 + 2 * len(lines)  # no beginning of a prompt is known from another batch
+    encoder: Any = setup.lr.retriever
+    seen = [text for text in encoder._encoder.encoded if text.endswith("  ")]
+    assert len(set(seen)) == len(seen)  # nor does the retriever remember one
 
 
 def test_curve_and_rankings(setup: Setup) -> None:

@@ -104,8 +104,8 @@ def time_all(setup: Setup, methods: Sequence[Method]) -> dict[str, MethodInfo]:
     if todo:
         with setup.stage("taking the time", len(todo)) as advance, file.open("a", encoding="utf-8") as stream:
             _warm_up(setup)
-            for number, (turn, method) in enumerate(todo):
-                timing = _time(setup, method, turn, len(known) + number)
+            for unique, (turn, method) in enumerate(todo, 2):
+                timing = _time(setup, method, turn, unique)
                 if timing is not None:
                     stream.write(json.dumps(asdict(timing)) + "\n")
                     stream.flush()
@@ -116,7 +116,7 @@ def time_all(setup: Setup, methods: Sequence[Method]) -> dict[str, MethodInfo]:
 
 def _warm_up(setup: Setup) -> None:
     """The first batch pays for what is made once: models, the retrievers' state."""
-    prompts = timed_copies(setup.prompts[:8], -1)
+    prompts = timed_copies(setup.prompts[:8], 1)
     setup.routes(prompts, "iid")
     setup.routes(prompts, "iid", "paper")
     setup.timed(prompts, [BASE_COMPOSITION] * len(prompts))
@@ -124,9 +124,8 @@ def _warm_up(setup: Setup) -> None:
 
 def _time(setup: Setup, method: Method, turn: int, unique: int) -> Timing | None:
     prompts = timed_copies(setup.prompts[: setup.options.timed_prompts], unique)
-    base = timed_copies(setup.prompts[: setup.options.timed_prompts], unique + 1_000)
     base_start = time.perf_counter()
-    base_tokens = setup.timed(base, [BASE_COMPOSITION] * len(base))
+    base_tokens = setup.timed(prompts, [BASE_COMPOSITION] * len(prompts))
     start = time.perf_counter()
     compositions = method.compose(setup, prompts, "iid")
     composed = time.perf_counter()

@@ -95,6 +95,7 @@ class Setup:
     # Digests of trained routers by strategy and top k: answers under another router are other answers.
     router_digests: dict[tuple[str, int | None], str] = field(default_factory=dict)
     _tokenizer: Any = None
+    _timed: int = 0  # batches so far
     _engine: Engine | None = None
     _base: BaseModel | None = None
     _routes: dict[tuple[str, str], dict[str, Route]] = field(default_factory=lambda: defaultdict(dict))
@@ -227,9 +228,19 @@ class Setup:
         return [self.known(prompt.id, key) for prompt, key in zip(prompts, keys, strict=True)]
 
     def timed(self, prompts: Sequence[TestPrompt], compositions: Sequence[Composition]) -> int:
-        """Generate as many tokens for every prompt, for the clock; returns their number."""
+        """Generate as many tokens for every prompt, for the clock; returns their number.
+
+        No prompt's beginning is known from before, and the spaces of `timed_copies` are not read by the model.
+        """
         sampling = Sampling(max_tokens=self.options.timed_tokens, ignore_end=True)
-        requests = [self.request(*pair, sampling) for pair in zip(prompts, compositions, strict=True)]
+        self._timed += 1
+        requests = [
+            replace(
+                self.request(replace(prompt, inputs=prompt.inputs.rstrip()), composition, sampling),
+                namespace=f"timed {self._timed}",
+            )
+            for prompt, composition in zip(prompts, compositions, strict=True)
+        ]
         return sum(generation.completion_tokens for _, generation in self.engine.run(requests))
 
     def _run(self, missing: Mapping[tuple[str, str], Request]) -> Iterator[Answer]:
@@ -294,5 +305,5 @@ def _digest(value: object) -> str:
 
 
 def timed_copies(prompts: Sequence[TestPrompt], turn: int) -> list[TestPrompt]:
-    """The prompts with spaces at their end, which change nothing but that no cache knows them: for taking the time."""
-    return [replace(each, id=f"timed:{turn}:{each.id}", inputs=each.inputs + " " * (turn + 1)) for each in prompts]
+    """The prompts with spaces at their end, so that no retriever remembers them: for taking the time."""
+    return [replace(each, id=f"timed:{turn}:{each.id}", inputs=each.inputs + " " * turn) for each in prompts]
