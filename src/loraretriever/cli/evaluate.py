@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraretriever.evaluate.experiment.run import Plan
     from loraretriever.evaluate.experiment.setup import Stage
 
-PROMPTS, QUICK_PROMPTS = 40, 5  # of each task
+PROMPTS, QUICK_PROMPTS = 40, 3  # of each task
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
         typer.Option(help="JSONL file of prompts to take in place of the split (repeatable): inputs, targets, task."),
     ] = None,
     prompts_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each task at most.", show_default="40; quick 5")
+        int | None, typer.Option(min=1, help="Prompts of each task at most.", show_default="40; quick 3")
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this method (repeatable).", metavar="NAME")] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Adapters that are retrieved.")] = 3,

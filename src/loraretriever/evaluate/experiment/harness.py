@@ -116,7 +116,7 @@ def time_all(setup: Setup, methods: Sequence[Method]) -> dict[str, MethodInfo]:
 
 def _warm_up(setup: Setup) -> None:
     """The first batch pays for what is made once: models, the retrievers' state."""
-    prompts = timed_copies(setup.prompts[:8], 1)
+    prompts = timed_copies(setup.prompts[: setup.options.timed_prompts], 1)
     setup.routes(prompts, "iid")
     setup.routes(prompts, "iid", "paper")
     setup.timed(prompts, [BASE_COMPOSITION] * len(prompts))

@@ -112,13 +112,14 @@ def _heat_maps(maps: list[tuple[str, list[str], list[str], Any]], x_label: str =
 
 def quality_against_cost(statistics: Statistics) -> Figure:
     """IID and OOD means against the speed relative to the base model's, one labelled point for each method."""
-    figure = _figure(11, 4.6)
+    figure = _figure(11, 6.2)
     for place, (setting, name) in enumerate((("iid", "IID"), ("ood", "OOD")), 1):
         axes = figure.add_subplot(1, 2, place)
         points = []
         for method, info in statistics.results.methods.items():
             estimate = statistics.estimate(method, setting)
-            if info.relative_speed is not None and estimate is not None:
+            is_shown = setting == "iid" or method != "oracle"  # which knows the own adapter
+            if is_shown and info.relative_speed is not None and estimate is not None:
                 points.append((info.relative_speed, estimate.mean, info.title, COLOURS[info.group]))
         axes.scatter([x for x, *_ in points], [y for _, y, *_ in points], c=[c for *_, c in points], s=22, zorder=3)
         _label(axes, points)

@@ -59,12 +59,14 @@ class Options:
     hub_budget: int = 40  # compositions that LoRAHub tries
 
     def quick(self) -> Options:
-        """For a first look: shorter trainings, one timed round, fewer points of the curve."""
+        """For a first look: shorter trainings, one short timed round, fewer points of the curve."""
         return replace(
             self,
             examples=4,
             validation=2,
             timed_rounds=1,
+            timed_prompts=16,
+            timed_tokens=16,
             curve_ks=(1, 3, 8),
             curve_prompts=2,
             router_epochs=1,
