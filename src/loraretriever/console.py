@@ -130,11 +130,16 @@ def route_json(row: dict[str, Any], route: Route, reason: Explanation | None) ->
         "fallback": route.fallback,
         "fit": route.fit,
         "threshold": route.threshold,
-        "hits": [dataclasses.asdict(hit) for hit in route.hits],
+        "hits": [_hit_json(hit) for hit in route.hits],
     }
     if reason is not None:
         found["why"] = [dataclasses.asdict(hit) for hit in reason.hits]
     return {**row, **found}
+
+
+def _hit_json(hit: Hit) -> dict[str, Any]:
+    """What the retriever or the engine did not tell of a hit is left out."""
+    return {name: value for name, value in dataclasses.asdict(hit).items() if value is not None}
 
 
 def print_route(route: Route, reason: Explanation | None) -> None:
@@ -162,6 +167,7 @@ def completion_json(row: dict[str, Any], completion: Completion) -> dict[str, An
     """The fields of the input line and those of its completion."""
     fields = dataclasses.asdict(completion)
     del fields["prompt"]
+    fields["hits"] = [_hit_json(hit) for hit in completion.hits]
     if not completion.logprobs:
         del fields["logprobs"]
     return {**row, **fields}
