@@ -171,6 +171,15 @@ def test_the_next_best_stands_in_for_an_excluded_adapter() -> None:
     assert none == BASE_COMPOSITION
 
 
+def test_an_unseen_task_is_taken_from_the_index() -> None:
+    whole, without, nothing = INDEX.compose(
+        np.array([[1.0, 0.0]] * 3), [(), {"a"}, ()], 1, unseen=[(), {"t1", "other"}, {"t1", "t2", "t3"}]
+    )
+    assert whole.adapters == ("a",)
+    assert without.adapters == ("c",)  # of t2, where the index with t1 has b
+    assert nothing == BASE_COMPOSITION
+
+
 def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
     INDEX.save(tmp_path / "index.json")
     assert TaskIndex.load(tmp_path / "index.json") == INDEX

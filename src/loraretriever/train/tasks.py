@@ -38,7 +38,12 @@ class TaskIndex:
     seconds: float = 0.0
 
     def compose(
-        self, vectors: Vectors, excluded: Sequence[Collection[str]], k: int, temperature: float = TEMPERATURE
+        self,
+        vectors: Vectors,
+        excluded: Sequence[Collection[str]],
+        k: int,
+        temperature: float = TEMPERATURE,
+        unseen: Sequence[Collection[str]] | None = None,
     ) -> list[Composition]:
         """The composition of each prompt: a mixture of the adapters of its k nearest tasks.
 
@@ -49,14 +54,19 @@ class TaskIndex:
             excluded: for each prompt the adapters that it may not use.
             k: tasks.
             temperature: of the softmax.
+            unseen: for each prompt the tasks that the index is to do without; None: none.
 
         Semantics: w_t = exp(cos(x, t) / τ) / Σ_{u in top k} exp(cos(x, u) / τ), y += Σ_t w_t s B A x of t's adapter
         """
         cosines = np.asarray(vectors, dtype=np.float64) @ np.asarray(self.means).T
+        if unseen is not None:
+            for row, tasks in zip(cosines, unseen, strict=True):
+                row[[self.tasks.index(task) for task in tasks if task in self.tasks]] = -math.inf
         return [self._compose(row, out, k, temperature) for row, out in zip(cosines, excluded, strict=True)]
 
     def _compose(self, cosines: Sequence[float], excluded: Collection[str], k: int, temperature: float) -> Composition:
-        nearest = sorted(range(len(cosines)), key=lambda task: -cosines[task])[:k]
+        seen = [task for task in range(len(cosines)) if cosines[task] > -math.inf]
+        nearest = sorted(seen, key=lambda task: -cosines[task])[:k]
         powers = [math.exp((cosines[task] - cosines[nearest[0]]) / temperature) for task in nearest]
         weights: dict[str, float] = {}
         for task, power in zip(nearest, powers, strict=True):

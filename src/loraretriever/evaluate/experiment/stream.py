@@ -31,14 +31,18 @@ class Catalogue:
 
     def excluded(self, task: str, setting: str) -> frozenset[str]:
         """The adapters that a prompt of the task may not use: none (iid), its own (ood), its domain's (strict_ood)."""
+        tasks = self.unseen(task, setting)
+        return frozenset(adapter for adapter, of in self.tasks.items() if of in tasks)
+
+    def unseen(self, task: str, setting: str) -> frozenset[str]:
+        """The tasks whose adapters a prompt of the task may not use."""
         if setting == "iid":
             return frozenset()
         if setting == "ood":
-            return frozenset(self.adapters_of(task))
+            return frozenset((task,))
         domain = self.domains.get(task)
-        return frozenset(
-            adapter for adapter, of in self.tasks.items() if of == task or self.domains.get(of, of) == domain
-        )
+        tasks = self.domains.keys() | self.tasks.values()
+        return frozenset(each for each in tasks if each == task or self.domains.get(each, each) == domain)
 
 
 def make_catalogue(adapters: Sequence[Adapter], domains: Mapping[str, str]) -> Catalogue:

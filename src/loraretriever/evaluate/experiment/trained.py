@@ -255,8 +255,13 @@ class Ramole(_Routed):
 
 @dataclass(eq=False)
 class Lorauter(Method):
-    """LORAUTER: the adapters of the tasks nearest to a prompt, each task's adapter found on its validation examples."""
+    """LORAUTER: the adapters of the tasks nearest to a prompt, each task's adapter found on its validation examples.
 
+    `known`: the index keeps the tasks whose adapters a prompt may not use, with other adapters in their place; that is
+    a task with examples and without an adapter. Else they are taken from the index too, as new tasks are.
+    """
+
+    known: bool = False
     index: TaskIndex | None = None
 
     def prepare(self, setup: Setup) -> bool:
@@ -282,4 +287,5 @@ class Lorauter(Method):
         assert self.index is not None
         vectors = setup.paper.encode([prompt.inputs for prompt in prompts])
         excluded = [setup.excluded(prompt, setting) for prompt in prompts]
-        return self.index.compose(vectors, excluded, setup.options.k)
+        unseen = None if self.known else [setup.catalogue.unseen(prompt.task, setting) for prompt in prompts]
+        return self.index.compose(vectors, excluded, setup.options.k, unseen=unseen)
