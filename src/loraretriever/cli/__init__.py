@@ -38,6 +38,7 @@ from loraretriever.cli.options import (
 )
 from loraretriever.cli.pool import pool_app
 from loraretriever.cli.prompts import AnswerFile, parse_weights, read_prompts
+from loraretriever.cli.routers import train_router
 from loraretriever.cli.serve import serve
 from loraretriever.cli.train import train_retriever
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
@@ -54,6 +55,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
 app.command("serve")(serve)
 app.command("train-retriever")(train_retriever)
+app.command("train-router")(train_router)
 app.command("evaluate")(evaluate)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from loraretriever import console
 from loraretriever.cli.options import DeviceOption, EncoderOption, JsonOption
 from loraretriever.config import DEFAULT_ENCODER, load_settings
 from loraretriever.errors import InvalidInputError
+from loraretriever.train.progress import in_parts
 from loraretriever.train.retriever import RetrieverTraining
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def train_retriever(
     texts = _read_texts(pool, samples)
     with console.progress("training (of 1000)", _PARTS, enabled=not as_json) as advance:
         tell = (lambda epoch: None) if as_json else _tell
-        result = train(texts, output, config, _in_parts(advance), tell, restart)
+        result = train(texts, output, config, in_parts(advance, _PARTS), tell, restart)
     if activate and pool is not None:
         _activate(pool, result.folder)
     if as_json:
@@ -117,19 +117,6 @@ def _activate(pool: str, folder: Path) -> None:
 
     with Pool.open(pool) as opened:
         opened.set_encoder(str(folder))
-
-
-def _in_parts(advance: Callable[[], None]) -> Callable[[int, int], None]:
-    """From steps to parts of the progress bar."""
-    shown = 0
-
-    def on_step(step: int, steps: int) -> None:
-        nonlocal shown
-        while shown < _PARTS * step // max(1, steps):
-            advance()
-            shown += 1
-
-    return on_step
 
 
 def _tell(epoch: Epoch) -> None:

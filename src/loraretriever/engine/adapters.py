@@ -16,10 +16,11 @@ from loraretriever.batch.gates import GATES, check_gate
 from loraretriever.batch.stacks import PreparedAdapter
 from loraretriever.compose.merge import merge_adapters
 from loraretriever.compose.merged import MergedStore, merged_digest, merged_name
-from loraretriever.compose.routers import RouterSpec, read_router
+from loraretriever.compose.routers import ROUTER_FILE, RouterSpec, read_router
 from loraretriever.compose.spectral import spectral_digest, spectral_form
 from loraretriever.engine.residency import HostStore
 from loraretriever.errors import InvalidInputError
+from loraretriever.pool.admission import same_base
 from loraretriever.types import Adapter, AdapterWeights, Composition, Gate, Merge
 
 
@@ -62,16 +63,21 @@ class RouterRef(AdapterRef):
 Routers = Mapping[tuple[str, int | None], RouterRef]  # by kind and by the top k that they were trained for
 
 
-def read_routers(folders: Sequence[Path]) -> dict[tuple[str, int | None], RouterRef]:
+def read_routers(folders: Sequence[Path], base_model: str) -> dict[tuple[str, int | None], RouterRef]:
     """The routers in these folders.
 
     Raises:
-        InvalidInputError: a folder holds no router, or two are of one kind and top k.
+        InvalidInputError: a folder holds no router or one for another base model, or two are of one kind and top k.
         AdmissionError: its weights cannot be used.
     """
     routers: dict[tuple[str, int | None], RouterRef] = {}
     for folder in folders:
         spec = read_router(folder)
+        if spec.base_model is not None and not same_base(spec.base_model, base_model):
+            raise InvalidInputError(
+                f"the router {folder} was trained for the base model {spec.base_model}; expected {base_model}. Train "
+                f"another, or set base_model to null in its {ROUTER_FILE} where both are the same model."
+            )
         key = spec.kind, spec.top_k
         if key in routers:
             raise InvalidInputError(

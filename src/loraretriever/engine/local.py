@@ -78,7 +78,7 @@ class LocalEngine:
             InvalidInputError: a size is out of its range, or a folder holds no router.
             AdmissionError: a router's weights cannot be used.
         """
-        found = read_routers(routers)
+        found = read_routers(routers, base.name)
         self._lock = threading.Condition()
         self._layers = LoraLayers(base.model, slots, lambda ref: self._adapters.store.get(ref))
         self._runner = ModelRunner(base.model, self._layers, cache_mib * _MIB, prefix_mib * _MIB)

@@ -20,6 +20,7 @@ from loraretriever.compose.routers import write_router
 from loraretriever.errors import InvalidInputError
 from loraretriever.evaluate.tasks import Example
 from loraretriever.models import BaseModel
+from loraretriever.pipeline import LoraRetriever
 from loraretriever.train.adapters import Tokens, arrange, completion_loss, tokenize_example
 from loraretriever.train.routed import RoutedModel
 from loraretriever.train.steps import Progress, StepsResult, Trained, run_steps
@@ -106,6 +107,12 @@ def train_router(
     write_router(folder, kind, model.pairs(), experts, base.name, settings.top_k if kind == "moe" else None)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def retrieved_candidates(lr: LoraRetriever, examples: Sequence[Example], k: int) -> list[tuple[str, ...]]:
+    """The adapters that retrieval finds for each example, k of them, however badly they fit."""
+    routes = lr.route([each.inputs for each in examples], k=k, threshold=-1.0)
+    return [tuple(hit.adapter for hit in route.hits) for route in routes]
 
 
 def _items(

@@ -105,7 +105,7 @@ def _after() -> list[Method]:
         Ramole(MethodInfo("ramole", "RAMoLE", AFTER, "a trained gate over the retrieved", True)),
         Lorauter(MethodInfo("lorauter", "LORAUTER", AFTER, "adapters of the nearest tasks", True)),
         Lorauter(
-            MethodInfo("lorauter_known", "LORAUTER, task known", AFTER, "out of domain it has the task's examples", True),
+            MethodInfo("lorauter_known", "LORAUTER, task known", AFTER, "OOD it has examples of the task", True),
             known=True,
         ),
         LoGo(MethodInfo("logo", "LoGo", AFTER, "the k of all adapters with the greatest effect")),

@@ -93,7 +93,11 @@ def set_up(statistics: Statistics) -> Table:
         Row((info.title, info.name, info.note, "" if info.train_seconds is None else f"{info.train_seconds:.0f} s"))
         for info in statistics.results.methods.values()
     ]
-    return Table("Methods", ("method", "name", "set-up here", "trained or fitted in"), tuple(rows), 3)
+    note = (
+        "Out of domain most methods know nothing of a prompt's task. LoRAHub, the trained routers and LORAUTER with the "
+        "task known saw examples of every task of the stream, also of those whose adapters a prompt may not use."
+    )
+    return Table("Methods", ("method", "name", "set-up here", "trained or fitted in"), tuple(rows), 3, note)
 
 
 def paper_form(statistics: Statistics, settings: Sequence[str]) -> Table:

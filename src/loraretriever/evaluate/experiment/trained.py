@@ -6,7 +6,7 @@ import json
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loraretriever.evaluate.experiment.methods import Method, Retrieved, draw_ex
 from loraretriever.evaluate.experiment.results import TestPrompt
 from loraretriever.evaluate.experiment.setup import Setup
 from loraretriever.evaluate.tasks import Example
+from loraretriever.train.progress import in_parts
 from loraretriever.train.steps import StepsResult
 from loraretriever.train.tasks import TaskIndex, rank_adapters, unit_mean
 from loraretriever.types import BASE_COMPOSITION, Composition, Hit, Mixer
@@ -126,20 +127,8 @@ class _Routed(Method):
             settings = replace(settings, epochs=setup.options.router_epochs)
         adapters = {name: setup.lr.pool.weights(name) for name in self.candidates(setup)}
         with setup.stage(f"training {self.info.title}", 100) as advance:
-            on_step = _in_percent(advance)
+            on_step = in_parts(advance, 100)
             return train_router(self.kind, setup.base, adapters, examples, candidates, folder, settings, on_step)
-
-
-def _in_percent(advance: Callable[[], None]) -> Callable[[int, int, float], None]:
-    shown = 0
-
-    def on_step(step: int, steps: int, loss: float) -> None:
-        nonlocal shown
-        while shown < 100 * step // steps:
-            advance()
-            shown += 1
-
-    return on_step
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
@@ -244,9 +233,9 @@ class Ramole(_Routed):
 
     def fit(self, setup: Setup, examples: Sequence[Example], folder: Path) -> StepsResult:
         """See `_Routed`."""
-        routes = setup.lr.route([each.inputs for each in examples], k=setup.options.k, threshold=-1.0)
-        candidates = [tuple(hit.adapter for hit in route.hits) for route in routes]
-        return self.train(setup, examples, folder, candidates)
+        from loraretriever.train.routers import retrieved_candidates
+
+        return self.train(setup, examples, folder, retrieved_candidates(setup.lr, examples, setup.options.k))
 
     def compose(self, setup: Setup, prompts: Sequence[TestPrompt], setting: str) -> list[Composition]:
         """See `Method`."""
