@@ -118,5 +118,5 @@ def _experts(lr: LoraRetriever, named: Sequence[str] | None) -> list[str]:
             raise InvalidInputError(f"--expert is {name!r}; expected an enabled adapter of the pool.")
     names = sorted(set(named)) if named else enabled
     if not names:
-        raise InvalidInputError(f"the pool {lr.pool.folder} has no enabled adapters; expected one at least.")
+        raise InvalidInputError("the pool has no enabled adapters; expected one at least.")
     return names

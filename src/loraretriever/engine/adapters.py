@@ -145,7 +145,8 @@ class Adapters:
             known = sorted({kind for kind, _ in self._routers})
             raise InvalidInputError(
                 f"the strategy {gate.kind!r} needs a trained router of that kind, and this engine has "
-                f"{', '.join(known) or 'none'}; start it with the setting routers, or choose another strategy."
+                f"{', '.join(known) or 'none'}; train one with `loraretriever train-router` and name "
+                "its folder in LORARETRIEVER_ROUTERS, or choose another strategy."
             )
         return alike.get(gate.top_k) or alike.get(None) or next(iter(alike.values()))
 

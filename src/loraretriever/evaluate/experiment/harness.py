@@ -49,17 +49,19 @@ def answer_all(setup: Setup, methods: Sequence[Method]) -> tuple[Scores, dict[st
     scorer = _Scorer()
     with (setup.folder / CHOICES).with_suffix(".tmp").open("w", encoding="utf-8") as choices:
         for method in methods:
-            for setting in SETTINGS:
-                if setting not in method.settings:
-                    continue
-                compositions = method.compose(setup, setup.prompts, setting)
-                title = f"{method.info.title}, {setting}"
-                answers = method.answer(setup, title, setup.prompts, compositions)
+            settings = [setting for setting in SETTINGS if setting in method.settings]
+            composed = {setting: method.compose(setup, setup.prompts, setting) for setting in settings}
+            # All settings at once, so that batches are full for longer.
+            rows = [each for compositions in composed.values() for each in compositions]
+            answers = method.answer(setup, method.info.title, setup.prompts * len(settings), rows)
+            for place, (setting, compositions) in enumerate(composed.items()):
                 for prompt, composition in zip(setup.prompts, compositions, strict=True):
                     choices.write(_choice(method.info.name, setting, prompt, setup.key(composition)))
-                scores[method.info.name, setting] = scorer.score(setup.prompts, answers)
-                if setting == "iid":
-                    width[method.info.name] = float(np.mean([len(each.adapters) for each in compositions]))
+                start = place * len(setup.prompts)
+                own = answers[start : start + len(setup.prompts)]
+                scores[method.info.name, setting] = scorer.score(setup.prompts, own)
+            if "iid" in composed:
+                width[method.info.name] = float(np.mean([len(each.adapters) for each in composed["iid"]]))
     (setup.folder / CHOICES).with_suffix(".tmp").replace(setup.folder / CHOICES)
     return scores, width
 

@@ -96,11 +96,11 @@ def _alone(adapter: str) -> Composition:
 
 
 def _validation_means(
-    setup: Setup, pairs: Sequence[tuple[str, str]], most: int | None = None
+    setup: Setup, pairs: Sequence[tuple[str, str]], most: int = WHOLE
 ) -> dict[tuple[str, str], float]:
     """Mean score of adapters on the validation examples of tasks, `most` of each at most."""
     prompts = defaultdict(list)
-    for prompt in setup.validation_prompts(most or setup.options.validation):
+    for prompt in setup.validation_prompts(min(most, setup.options.validation)):
         prompts[prompt.task].append(prompt)
     rows = [(adapter, prompt) for adapter, task in pairs for prompt in prompts[task]]
     answers = setup.answer("validation", [prompt for _, prompt in rows], [_alone(adapter) for adapter, _ in rows])

@@ -202,9 +202,10 @@ class Smear(_Routed):
         """See `Method`."""
         keys = [setup.key(each) for each in compositions]
         rows = list(zip(prompts, keys, compositions, strict=True))
-        missing = [row for row in rows if setup.store.get(row[0].id, row[1]) is None]
+        # By their keys: two settings may ask the same.
+        missing = {row[:2]: row for row in rows if setup.store.get(row[0].id, row[1]) is None}
         if missing:
-            setup.keep(title, len(missing), self._generate(setup, missing))
+            setup.keep(title, len(missing), self._generate(setup, list(missing.values())))
         return [setup.known(prompt.id, key) for prompt, key, _ in rows]
 
     def _generate(self, setup: Setup, rows: Sequence[tuple[TestPrompt, str, Composition]]) -> Iterator[Answer]:
