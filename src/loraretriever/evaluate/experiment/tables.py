@@ -94,8 +94,8 @@ def set_up(statistics: Statistics) -> Table:
         for info in statistics.results.methods.values()
     ]
     note = (
-        "Out of domain most methods know nothing of a prompt's task. LoRAHub, the trained routers and LORAUTER with the "
-        "task known saw examples of every task of the stream, also of those whose adapters a prompt may not use."
+        "Out of domain most methods know nothing of a prompt's task. LoRAHub, the trained routers and LORAUTER with "
+        "the task known saw examples of every task of the stream, also of those whose adapters a prompt may not use."
     )
     return Table("Methods", ("method", "name", "set-up here", "trained or fitted in"), tuple(rows), 3, note)
 
