@@ -143,7 +143,7 @@ def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
         places.append(min(y, places[-1] - step) if places else y + span * 0.05)
     right = max(x for x, *_ in points) * 1.06
     for (x, y, title, colour), at in zip(ordered, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.6}
+        line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.6, "relpos": (0, 0.5)}
         axes.annotate(title, (x, y), (right, at), fontsize=6.5, color=colour, va="center", arrowprops=line)
     axes.set_xlim(0, right * 1.5)
     axes.set_ylim(min(places[-1], low) - step, max(places[0], high) + step)
