@@ -178,7 +178,7 @@ def test_what_cannot_be_routed_is_refused_with_the_remedy(
             engine.submit(Request("hello", composition))
 
     refused(gated("moe", "a1", "a3"), "'a3' is no expert of the router 'moe'; expected one of a4, a0, a2, a5, a1")
-    refused(gated("ramole", "a1", "a4"), "needs a trained router of that kind, and this engine has moe; start it with")
+    refused(gated("ramole", "a1", "a4"), "needs a trained router of that kind, and this engine has moe; train one with")
     refused(gated("arrow;top_k=0", "a1", "a4"), "top_k is 0")
     refused(compose_explicit("arrow", {"a1": 1.5, "a2": -0.5}), "gate arrow has the weight -0.5")
     refused(Composition("x", ("a1", "a2"), (0.5, 0.5), gate=Gate("x")), "unknown gate 'x'")
