@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
 
-from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, weigh
+from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, is_gate, weigh
 from loraretriever.config import DEFAULT_ENCODER, Settings, cache_folder, load_settings
 from loraretriever.engine import Answers, Engine
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError
@@ -207,18 +207,21 @@ class LoraRetriever:
         strategy: str | None = None,
         weighting: str | None = None,
     ) -> Composition:
-        """The composition for a routed prompt: of the hits that carry the weight; where none fits, the fallback's."""
-        chosen, weighting = get_strategy(strategy or self.settings.strategy), weighting or self.settings.weighting
+        """The composition for a routed prompt: of the hits that carry the weight; where none fits, the fallback's.
+
+        A gate weighs the adapters itself, so that it gets all hits, with equal weights.
+        """
+        name, weighting = strategy or self.settings.strategy, weighting or self.settings.weighting
+        chosen = get_strategy(name)
         if not route.hits or (route.fallback and self.settings.fallback == "base"):
             return BASE_COMPOSITION
-        if route.fallback:
+        if route.fallback or is_gate(name):
             weighting = "uniform"
         with span("compose", hits=len(route.hits)):
             is_probed = weighting not in PROBING or route.hits[0].effect is not None
             hits = route.hits if is_probed else self._probe([route])[0].hits
-            return chosen(
-                *cover(hits, weigh(hits, weighting, self.settings.weighting_temperature), self.settings.coverage)
-            )
+            weights = weigh(hits, weighting, self.settings.weighting_temperature)
+            return chosen(*(hits, weights) if is_gate(name) else cover(hits, weights, self.settings.coverage))
 
     def _probe(self, routes: Sequence[Route]) -> list[Route]:
         """The routes with the effects of their hits on their prompts, for weightings that need them."""

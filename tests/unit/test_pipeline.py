@@ -148,6 +148,16 @@ def test_no_hits_are_a_fallback_whatever_the_threshold(scripted: Scripted) -> No
     assert route.fallback
 
 
+@pytest.mark.parametrize("strategy", ["arrow", "ramole", "moe;top_k=1"])
+def test_a_gate_gets_all_hits_with_equal_weights(scripted: Scripted, strategy: str) -> None:
+    hits = (Hit("sql", 0.98, logit=4.0), Hit("german", 0.02, logit=0.0))
+    retriever = scripted(Ranking(hits, 1.0, 0.0), coverage=0.5)
+    (route,) = retriever.route(["a prompt"])
+    found = retriever.compose(route, strategy=strategy)
+    assert found.adapters == ("sql", "german") and found.weights == (0.5, 0.5)
+    assert found.gate is not None
+
+
 @pytest.mark.parametrize(
     ("coverage", "used"), [(0.95, ("sql", "german")), (1.0, ("sql", "german", "math")), (0.5, ("sql",))]
 )

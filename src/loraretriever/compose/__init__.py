@@ -1,7 +1,7 @@
 """From ranked adapters to a composition."""
 
 from loraretriever.compose.canonical import format_composition, parse_composition
-from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, strategy_names
+from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, is_gate, strategy_names
 from loraretriever.compose.weighting import PROBING, cover, weigh
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "cover",
     "format_composition",
     "get_strategy",
+    "is_gate",
     "parse_composition",
     "strategy_names",
     "weigh",

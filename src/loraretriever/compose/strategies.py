@@ -56,6 +56,11 @@ def merging(merge: Merge, hits: Sequence[Hit], weights: Sequence[float]) -> Comp
     return Composition(merge.method, adapters, tuple(weights), merge=merge if len(hits) > 1 else None)
 
 
+def is_gate(strategy: str) -> bool:
+    """Whether a strategy, with options or without, weighs the adapters anew for every token."""
+    return strategy.partition(";")[0] in GATING
+
+
 def gating(gate: Gate, hits: Sequence[Hit], weights: Sequence[float]) -> Composition:
     """The adapters weighed anew for every token by a gate of `batch/gates.py`; the weights are those before.
 
