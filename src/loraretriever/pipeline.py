@@ -212,16 +212,16 @@ class LoraRetriever:
         A gate weighs the adapters itself, so that it gets all hits, with equal weights.
         """
         name, weighting = strategy or self.settings.strategy, weighting or self.settings.weighting
-        chosen = get_strategy(name)
+        chosen, is_gated = get_strategy(name), is_gate(name)
         if not route.hits or (route.fallback and self.settings.fallback == "base"):
             return BASE_COMPOSITION
-        if route.fallback or is_gate(name):
+        if route.fallback or is_gated:
             weighting = "uniform"
         with span("compose", hits=len(route.hits)):
             is_probed = weighting not in PROBING or route.hits[0].effect is not None
             hits = route.hits if is_probed else self._probe([route])[0].hits
             weights = weigh(hits, weighting, self.settings.weighting_temperature)
-            return chosen(*(hits, weights) if is_gate(name) else cover(hits, weights, self.settings.coverage))
+            return chosen(*(hits, weights) if is_gated else cover(hits, weights, self.settings.coverage))
 
     def _probe(self, routes: Sequence[Route]) -> list[Route]:
         """The routes with the effects of their hits on their prompts, for weightings that need them."""
