@@ -221,10 +221,9 @@ def walk(folder: Path, models: Path, with_globex: bool) -> Walk:
         if with_globex:
             found.digests = add_globex(served, folder, base)
         for caller, (tenant, scopes) in CALLERS.items():
-            settle(served, tenant or "")
             secret, _ = store.create(caller, scopes, tenant)
             with served.client(secret) as client:
-                found.answers[caller] = [answer(client, case) for case in cases(hidden)]
+                found.answers[caller] = list(answers(served, client, tenant or "", hidden))
         schema = httpx.get(f"{served.url}/openapi.json").json()
         found.operations = {
             f"{method.upper()} {path}" for path, methods in schema["paths"].items() for method in methods
@@ -233,6 +232,15 @@ def walk(folder: Path, models: Path, with_globex: bool) -> Walk:
             check_operator(served, store.create("operator", ["admin"])[0])
             check_globex(served, store.create("globex again", SCOPES, "globex")[0])
     return found
+
+
+def answers(served: Served, client: httpx.Client, view: str, folder: Path) -> Iterator[Answer]:
+    seen = None
+    for case in cases(folder):
+        if (change := served.retriever.pool.change) != seen:
+            settle(served, view)
+            seen = change
+        yield answer(client, case)
 
 
 def settle(served: Served, view: str) -> None:
