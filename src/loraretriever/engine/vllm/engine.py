@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -38,6 +38,26 @@ class _Run:
     sequences: list[Sequence]
     task: asyncio.Task[None] | None = None
     has_begun: bool = False
+
+
+class _Counted:
+    """A sink that counts an answer before anybody hears of its end."""
+
+    def __init__(self, sink: Sink, on_end: Callable[[int], None]) -> None:
+        """`on_end` gets the answer's number of tokens."""
+        self._sink = sink
+        self._on_end = on_end
+        self.piece = sink.piece
+
+    def finish(self, generation: Generation) -> None:
+        """See `Sink`."""
+        self._on_end(generation.completion_tokens)
+        self._sink.finish(generation)
+
+    def fail(self, error: Exception) -> None:
+        """See `Sink`."""
+        self._on_end(0)
+        self._sink.fail(error)
 
 
 class VllmEngine:
@@ -216,10 +236,11 @@ class VllmEngine:
 
     def _start(self, request: Request, job: Job, sink: Sink) -> _Run:
         """Let a job run in the loop."""
-        made: list[Sequence] = []
-        for index in range(request.sampling.n):
-            route, now = RowRoute((), ()), time.monotonic()
-            made.append(Sequence(request, index, list(job.tokens), route, self._reader.tokenizer, sink, now))
+        counted, now = _Counted(sink, self._count_end), time.monotonic()
+        made = [
+            Sequence(request, index, list(job.tokens), RowRoute((), ()), self._reader.tokenizer, counted, now)
+            for index in range(request.sampling.n)
+        ]
         run = _Run(request, job, made)
         with self._lock:
             if self._closed:
@@ -229,10 +250,16 @@ class VllmEngine:
                     f"{self._answers} answers are under way, and {request.sampling.n} more are asked for; the limit is "
                     f"{self._queue} (queue). Send the request again later."
                 )
-            self._answers += request.sampling.n
+            self._answers += len(made)
+            self._counts["prompt"] += len(job.tokens)
             self._runs.add(run)
             self._loop.call_soon_threadsafe(self._begin, run)
         return run
+
+    def _count_end(self, tokens: int) -> None:
+        with self._lock:
+            self._answers -= 1
+            self._counts["generated"] += tokens
 
     def _begin(self, run: _Run) -> None:
         run.task = self._loop.create_task(self._answer(run))
@@ -271,10 +298,8 @@ class VllmEngine:
         for sequence in run.sequences:
             if sequence.finish_reason is None:
                 sequence.end(reason, time.monotonic())
-            self._counts["generated"] += len(sequence.output_ids)
         with self._lock:
             self._runs.discard(run)
-            self._answers -= run.request.sampling.n
         self._unheard.deliver()
 
     async def _follow(self, run: _Run) -> None:
@@ -288,7 +313,6 @@ class VllmEngine:
                 self._unheard.deliver()
                 if all(sequence.finish_reason for sequence in run.sequences):
                     break  # perhaps at a stop string that vLLM has not come to
-        self._counts["prompt"] += len(run.job.tokens)
 
     def _take(self, part: Part, sequences: list[Sequence]) -> None:
         sequence = sequences[part.index]
