@@ -57,7 +57,7 @@ class Settings:
 
     With `engine` "vllm", vLLM answers: the servers at `vllm_urls` (with commas between them; `vllm_key` is their API
     key), or without any vLLM in this process, with `slots` adapters of rank `vllm_rank` at most. A server that sends
-    nothing for `vllm_timeout` seconds has failed. Weights are rounded to multiples of `weight_step` (0: not at all),
+    nothing for `vllm_timeout` seconds is asked whether it lives. Weights are rounded to multiples of `weight_step` (0: not at all),
     so that compositions come again; None: 0.05 for vLLM, else 0. With `vllm_reduce` a mixture of too large a rank is
     reduced to `vllm_rank`. Composed adapters take `vllm_cache_mib` on the disk. vLLM's plug-in reads the last three
     settings: with `vllm_lanes` vLLM composes adapters in its batch and none are made, for `vllm_slots` adapters at
@@ -93,7 +93,7 @@ class Settings:
     weight_step: float | None = Field(default=None, ge=0, le=0.5)
     vllm_urls: _Servers = ()
     vllm_key: str | None = Field(default=None, repr=False)
-    vllm_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    vllm_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     vllm_rank: int = Field(default=64, ge=1)
     vllm_reduce: bool = False
     vllm_cache_mib: int = Field(default=4096, ge=0)

@@ -49,7 +49,10 @@ class FakeVllm:
         self.aborted = threading.Event()
         self.go_on = threading.Event()
         self.info: Any = INFO
+        self.health = 200
+        self.asked, self.asked_again = threading.Event(), threading.Event()
         routes = [
+            Route("/health", self._live),
             Route("/loraretriever", self._tell),
             Route("/v1/completions", self._complete, methods=["POST"]),
         ]
@@ -58,6 +61,10 @@ class FakeVllm:
 
     async def _tell(self, request: HttpRequest) -> Response:
         return Response(status_code=404) if self.info is None else JSONResponse(self.info)
+
+    async def _live(self, request: HttpRequest) -> Response:
+        (self.asked_again if self.asked.is_set() else self.asked).set()
+        return Response(status_code=self.health)
 
     async def _complete(self, request: HttpRequest) -> Response:
         body = await request.json()
@@ -301,10 +308,15 @@ def test_what_breaks_in_the_middle_is_an_error_and_not_said_twice(
     assert engine.submit(ask(engine)).result()[0].text == TEXT
 
 
-def test_a_silent_server_has_failed(pool: Pool, tmp_path: Path, fake: FakeVllm) -> None:
-    fake.script = ["hang"]
-    with engine_over(pool, tmp_path, fake, timeout=0.3) as engine, pytest.raises(EngineError, match="ReadTimeout"):
-        engine.submit(ask(engine)).result()
+def test_a_silent_server_is_asked_whether_it_lives(pool: Pool, tmp_path: Path, fake: FakeVllm) -> None:
+    with engine_over(pool, tmp_path, fake, timeout=0.1) as engine:
+        fake.script = ["hang"]
+        stream = engine.submit(ask(engine))
+        assert next(iter(stream)).text == "a"
+        assert fake.asked.wait(10) and fake.asked_again.wait(10)
+        fake.health = 503
+        with pytest.raises(EngineError, match="it says of itself that it is not well: 503"):
+            stream.result()
 
 
 def test_a_server_that_is_gone_is_replaced_by_the_other(

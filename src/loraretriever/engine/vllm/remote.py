@@ -59,14 +59,14 @@ class RemoteBackend:
         Args:
             urls: their addresses, without `/v1`.
             key: what they were given as `--api-key`.
-            timeout: seconds without a byte after which a server has failed, and in which one must have started.
+            timeout: seconds of silence after which a server is asked whether it lives, and in which one must start.
         """
         self._servers = [_Server(url) for url in urls]
         self._timeout = timeout
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(timeout, connect=_CONNECT),
+            timeout=httpx.Timeout(None, connect=_CONNECT),
             limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
         )
 
@@ -155,7 +155,7 @@ class RemoteBackend:
                     raise _refusal(server, job, answer.status_code, await answer.aread())
                 on_start()
                 last: Part | None = None  # of a single answer, kept for what is said of the prompt after it
-                async for line in answer.aiter_lines():
+                async for line in self._lines(server, answer):
                     if line == "data: [DONE]":
                         if last is not None:
                             yield last
@@ -175,9 +175,33 @@ class RemoteBackend:
         except httpx.HTTPError as error:
             server.failed = time.monotonic()
             failure = EngineError(f"the vLLM server at {server.url} failed: {_said(error)}; send the request again.")
-            if has_begun or isinstance(error, httpx.ReadTimeout):  # which may be under way still
+            if has_begun:
                 raise failure from error
             raise _ElsewhereError(failure) from error
+
+    async def _lines(self, server: _Server, answer: httpx.Response) -> AsyncGenerator[str]:
+        """The lines of an answer. Where none comes for long, the server is asked whether it lives.
+
+        Raises:
+            httpx.HTTPError: it does not, or the answer breaks off.
+        """
+        lines = answer.aiter_lines()
+        while True:
+            coming = asyncio.ensure_future(anext(lines, None))
+            try:
+                while not (await asyncio.wait({coming}, timeout=self._timeout))[0]:
+                    await self._check_alive(server)
+                line = coming.result()
+            finally:
+                coming.cancel()
+            if line is None:
+                return
+            yield line
+
+    async def _check_alive(self, server: _Server) -> None:
+        health = await self._client.get(f"{server.url}/health", timeout=_CONNECT)
+        if health.status_code != 200:
+            raise httpx.RemoteProtocolError(f"it says of itself that it is not well: {health.status_code}")
 
 
 def _body(job: Job) -> dict[str, Any]:
