@@ -57,11 +57,13 @@ class Settings:
 
     With `engine` "vllm", vLLM answers: the servers at `vllm_urls` (with commas between them; `vllm_key` is their API
     key), or without any vLLM in this process, with `slots` adapters of rank `vllm_rank` at most. A server that sends
-    nothing for `vllm_timeout` seconds is asked whether it lives. Weights are rounded to multiples of `weight_step` (0: not at all),
-    so that compositions come again; None: 0.05 for vLLM, else 0. With `vllm_reduce` a mixture of too large a rank is
-    reduced to `vllm_rank`. Composed adapters take `vllm_cache_mib` on the disk. vLLM's plug-in reads the last three
-    settings: with `vllm_lanes` vLLM composes adapters in its batch and none are made, for `vllm_slots` adapters at
-    once (0: vLLM's --max-loras), and `vllm_names` names are known at a time.
+    nothing for `vllm_timeout` seconds is asked whether it lives. Weights are rounded to multiples of `weight_step` (0:
+    not at all), so that compositions come again; None: 0.05 where vLLM needs an adapter made for each composition, else
+    0. With `vllm_reduce` a mixture of too large a rank is reduced to the largest. Composed adapters take
+    `vllm_cache_mib` on the disk.
+
+    vLLM's plug-in reads the last four settings: with `vllm_lanes` vLLM composes adapters in its batch, and none are
+    made, for `vllm_slots` adapters at once (0: vLLM's --max-loras); `vllm_names` names are known at a time.
     """
 
     base_model: str | None = None

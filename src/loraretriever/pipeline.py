@@ -229,8 +229,10 @@ class LoraRetriever:
     @property
     def _weight_step(self) -> float:
         """What weights are multiples of, so that an engine that makes an adapter of a composition can use it again."""
-        step = self.settings.weight_step
-        return step if step is not None else _VLLM_STEP if self.settings.engine == "vllm" else 0.0
+        settings = self.settings
+        if settings.weight_step is not None:
+            return settings.weight_step
+        return _VLLM_STEP if settings.engine == "vllm" and not settings.vllm_lanes else 0.0
 
     def _probe(self, routes: Sequence[Route]) -> list[Route]:
         """The routes with the effects of their hits on their prompts, for weightings that need them."""

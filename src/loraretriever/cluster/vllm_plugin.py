@@ -42,6 +42,10 @@ def register() -> None:
         return
     if _NAME not in LoRAResolverRegistry.get_supported_resolvers():
         settings = load_settings()
+        if settings.vllm_lanes:
+            from loraretriever.cluster.vllm_lanes import install
+
+            install(settings.vllm_slots)
         LoRAResolverRegistry.register_resolver(_NAME, PoolResolver(location, settings))
 
 
@@ -53,6 +57,7 @@ class PoolResolver:
         self._location = location
         self.settings = settings
         self.max_rank: int | None = None  # of vLLM, once it is known
+        self.slots: int | None = None
         self.names: set[str] = set()  # that were resolved, and not let go
         self._opening = threading.Lock()
 
@@ -85,6 +90,7 @@ class PoolResolver:
     def _resolve(self, name: str) -> Any:
         from vllm.lora.request import LoRARequest
 
+        from loraretriever.compose.lanes import lane_path
         from loraretriever.compose.pinned import adapter_id, parse_pinned
 
         try:
@@ -92,9 +98,18 @@ class PoolResolver:
         except InvalidInputError:
             self._check_not_ours(name)
             return None
-        path = self.folders.folder(name, self.max_rank)
+        if self.settings.vllm_lanes:
+            path = lane_path(self.folders.lane(name, self.slots or len(name)))
+        else:
+            path = str(self.folders.folder(name, self.max_rank))
         self.names.add(name)
-        return LoRARequest(name, adapter_id(name), str(path))
+        return LoRARequest(name, adapter_id(name), path)
+
+    def touch(self, path: str) -> bool:
+        """Note that an adapter that was found is used; whether its files are still there."""
+        from loraretriever.compose.lanes import read_lane
+
+        return all([self.folders.touch(Path(folder)) for folder in read_lane(path).folders])
 
     def _check_not_ours(self, name: str) -> None:
         """Refuse names that the pool has, but whose bytes may change.
@@ -156,10 +171,12 @@ class Endpoint:
 
         models = state.openai_serving_models
         has_pool = _NAME in LoRAResolverRegistry.get_supported_resolvers() and bool(args.enable_lora)
+        slots, lanes = args.max_loras, False
         if has_pool:
             resolver: PoolResolver = LoRAResolverRegistry.get_resolver(_NAME)
-            resolver.max_rank = args.max_lora_rank
-            limit = resolver.settings.vllm_names
+            lanes, limit = resolver.settings.vllm_lanes, resolver.settings.vllm_names
+            slots = resolver.settings.vllm_slots or slots if lanes else slots
+            resolver.max_rank, resolver.slots = args.max_lora_rank, slots
             models.lora_requests = RecentNames(resolver, limit, models.lora_requests, models.lora_resolver_lock)
         served = models.base_model_paths[0].name
         self._info = {
@@ -168,9 +185,10 @@ class Endpoint:
             "max_length": models.model_config.max_model_len,
             "pool": has_pool,
             "max_rank": args.max_lora_rank,
-            "slots": args.max_loras,
+            "slots": slots,
+            "lanes": lanes,
             # On a CPU vLLM gives rows without an adapter that of the last slot, when others of their batch have one.
-            "base": "base" if current_platform.is_cpu() else served,
+            "base": "base" if current_platform.is_cpu() and not lanes else served,
         }
 
 
@@ -193,7 +211,7 @@ class RecentNames(OrderedDict[str, Any]):
         if not super().__contains__(name):
             return False
         if name in self._resolver.names:
-            if not self._resolver.folders.touch(Path(super().__getitem__(name).lora_path)):
+            if not self._resolver.touch(super().__getitem__(name).lora_path):
                 del self[name]
                 return False
             self.move_to_end(str(name))

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from loraretriever.compose.canonical import BASE
+from loraretriever.compose.lanes import Lane
 from loraretriever.compose.merged import MergedStore
 from loraretriever.compose.pinned import Pinned, parse_pinned, pinned_name
 from loraretriever.compose.single import VERSION, check_single, single_adapter, single_rank
@@ -58,19 +59,23 @@ class AdapterFolders:
         self._source = source
         self._store = MergedStore(folder, max_bytes, _KEEP_SECONDS)
 
-    def name(self, composition: Composition, max_rank: int, reduce: bool = False) -> str:
+    def name(self, composition: Composition, max_rank: int, reduce: bool = False, lanes: bool = False) -> str:
         """The pinned name of a composition of the adapters' current revisions.
 
         Args:
             max_rank: the largest rank that the engine takes.
             reduce: a mixture of a larger rank becomes its best approximation of that rank (the merge `svd`).
+            lanes: the engine takes adapters one by one, and composes them itself.
 
         Raises:
             AdapterNotFoundError: an adapter is not in the pool.
             InvalidInputError: the composition is no single adapter, or its rank is too large.
         """
         adapters = [self._source.get(name) for name in composition.adapters]
-        composition = fitting(composition, [max(each.ranks) for each in adapters], max_rank, reduce)
+        if not lanes:
+            composition = fitting(composition, [max(each.ranks) for each in adapters], max_rank, reduce)
+        elif adapters:
+            check_single(composition)
         return pinned_name(composition, [each.digest for each in adapters])
 
     def pinned(self, composition: Composition) -> str:
@@ -110,6 +115,28 @@ class AdapterFolders:
             fitting(composition, [_rank(part) for part in parts], max_rank, reduce=False)
 
         return self._store.place(_made_digest(name, digests), make)
+
+    def lane(self, name: str, slots: int) -> Lane:
+        """The lane of a pinned name. What is no mixer of adapters has one adapter, its folder.
+
+        Args:
+            slots: the most adapters that it may have.
+
+        Raises:
+            InvalidInputError, AdapterNotFoundError, PoolError: as `folder`; or it has too many adapters.
+        """
+        pinned = parse_pinned(name)
+        composition = pinned.composition
+        if not composition.adapters or composition.merge is not None:
+            return Lane((str(self.folder(name)),), (1.0,))
+        check_single(composition)
+        if len(composition.adapters) > slots:
+            raise InvalidInputError(
+                f"a {composition.strategy} of {len(composition.adapters)} adapters needs as many slots, and vLLM has "
+                f"{slots} (vllm_slots); choose fewer adapters."
+            )
+        alone = [f"{name}@{digest}" for name, digest in zip(composition.adapters, pinned.digests, strict=True)]
+        return Lane(tuple(str(self.folder(each)) for each in alone), composition.weights, composition.mixer)
 
     def touch(self, folder: Path) -> bool:
         """Note that a folder that `folder` gave is used; whether it is still there."""

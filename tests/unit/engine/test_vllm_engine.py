@@ -35,7 +35,16 @@ from loraretriever.types import Composition, Piece, Request, Sampling
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import tiny_tokenizer
 
-INFO = {"version": "0", "model": "m", "max_length": 64, "pool": True, "max_rank": 8, "slots": 4, "base": "base"}
+INFO = {
+    "version": "0",
+    "model": "m",
+    "max_length": 64,
+    "pool": True,
+    "max_rank": 8,
+    "slots": 4,
+    "base": "base",
+    "lanes": False,
+}
 TEXT = "an answer"
 MIXTURE = compose_explicit("mixture", {"sql": 0.5, "german": 0.5})
 

@@ -14,13 +14,14 @@ from loraretriever.types import Sampling
 class Limits:
     """What a vLLM takes: tokens of prompt and answer together, the rank of an adapter, adapters in a batch.
 
-    `base`: the name of the base model.
+    `base`: the name of the base model. `lanes`: it composes adapters itself, and none are made for compositions.
     """
 
     max_length: int
     max_rank: int
     slots: int
     base: str
+    lanes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,6 +217,7 @@ class VllmEngine:
     async def _close(self) -> None:
         await asyncio.gather(*(run.task for run in list(self._runs) if run.task is not None), return_exceptions=True)
         await self._backend.close()
+        await self._loop.shutdown_asyncgens()
 
     def _call(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -228,7 +229,8 @@ class VllmEngine:
         check_sampling(request.sampling, self._vocabulary)
         model = self._limits.base
         if request.composition.adapters:
-            model = self._folders.name(request.composition, self._limits.max_rank, self._reduce)
+            limits = self._limits
+            model = self._folders.name(request.composition, limits.max_rank, self._reduce, limits.lanes)
         return Job(model, tuple(tokens), request.sampling, request.namespace)
 
     def _has_room(self, request: Request) -> bool:

@@ -139,7 +139,7 @@ class RemoteBackend:
                 f"the vLLM server at {server.url} does not know the pool; start it with --enable-lora, and with "
                 "LORARETRIEVER_POOL and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment."
             )
-        return Limits(info["max_length"], info["max_rank"], info["slots"], info["base"])
+        return Limits(info["max_length"], info["max_rank"], info["slots"], info["base"], info["lanes"])
 
     async def _ask(self, server: _Server, job: Job, on_start: Callable[[], None]) -> AsyncGenerator[Part]:
         """The answers of one server.
