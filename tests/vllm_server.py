@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY_OPTIONS = ("--max-loras", "4", "--max-lora-rank", "16", "--max-model-len", "512")  # for tests/tiny.py's models
 _SECONDS = 300  # to start
 _LOG_LINES = 40
 

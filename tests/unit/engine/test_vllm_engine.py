@@ -219,9 +219,12 @@ def test_stop_strings_are_found_here_and_end_the_request_there(engine: VllmEngin
 
 
 def test_base_model_and_several_answers(engine: VllmEngine, fake: FakeVllm) -> None:
-    answers = engine.submit(Request("What?", sampling=Sampling(n=3, max_tokens=16))).result()
-    assert [(answer.index, answer.text) for answer in answers] == [(0, TEXT), (1, TEXT), (2, TEXT)]
-    assert fake.bodies[0]["model"] == "base"
+    for temperature, asked in ((1.0, 3), (0.0, 1)):  # vLLM does not make several greedy answers
+        sampling = Sampling(n=3, max_tokens=16, temperature=temperature)
+        answers = engine.submit(Request("What?", sampling=sampling)).result()
+        assert [(answer.index, answer.text) for answer in answers] == [(0, TEXT), (1, TEXT), (2, TEXT)]
+        body = fake.bodies.pop()
+        assert (body["model"], body["n"]) == ("base", asked)
 
 
 def test_run_yields_all(engine: VllmEngine, fake: FakeVllm) -> None:

@@ -16,7 +16,8 @@ import pytest
 from loraretriever.config import ServerSettings
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
-from tiny import TINY_SPEC, write_peft_folder
+from loraretriever.types import BaseModelSpec
+from tiny import TINY_SPEC, lora_tensors, write_peft_folder
 from tiny_text import write_base_model, write_encoder
 
 SAMPLES = {
@@ -49,12 +50,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_pool(folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES)) -> Path:
+def make_pool(
+    folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES), spec: BaseModelSpec = TINY_SPEC
+) -> Path:
     """A pool of random adapters for the tiny model."""
     base = str(models / "base")
-    with Pool.create(folder / "pool", base, spec=TINY_SPEC) as pool:
+    with Pool.create(folder / "pool", base, spec=spec) as pool:
         for seed, name in enumerate(names):
-            adapter = write_peft_folder(folder / name, seed=seed, base_model=base)
+            tensors = lora_tensors(seed=seed, spec=spec)
+            adapter = write_peft_folder(folder / name, base_model=base, tensors=tensors)
             pool.add(adapter, samples=SAMPLES[name])
     return folder / "pool"
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -231,7 +231,10 @@ class VllmEngine:
         if request.composition.adapters:
             limits = self._limits
             model = self._folders.name(request.composition, limits.max_rank, self._reduce, limits.lanes)
-        return Job(model, tuple(tokens), request.sampling, request.namespace)
+        sampling = request.sampling
+        if sampling.temperature == 0 and sampling.n > 1:
+            sampling = replace(sampling, n=1)  # greedy answers are all the same, and vLLM refuses to make several
+        return Job(model, tuple(tokens), sampling, request.namespace)
 
     def _has_room(self, request: Request) -> bool:
         return self._answers + request.sampling.n <= self._queue
@@ -311,18 +314,20 @@ class VllmEngine:
 
         async with aclosing(self._backend.generate(run.job, on_start)) as parts:
             async for part in parts:
-                self._take(part, run.sequences)
+                self._take(part, run)
                 self._unheard.deliver()
                 if all(sequence.finish_reason for sequence in run.sequences):
                     break  # perhaps at a stop string that vLLM has not come to
 
-    def _take(self, part: Part, sequences: list[Sequence]) -> None:
-        sequence = sequences[part.index]
+    def _take(self, part: Part, run: _Run) -> None:
         if part.cached is not None:
-            sequence.cached = part.cached
             self._counts["cached"] += part.cached
-        for sampled in part.tokens:
-            if sequence.finish_reason is None:
-                sequence.append(sampled, self._end_ids, time.monotonic())
-        if part.finish_reason is not None and sequence.finish_reason is None:
-            sequence.end(part.finish_reason, time.monotonic())
+        is_shared = run.job.sampling.n < len(run.sequences)
+        for sequence in run.sequences if is_shared else [run.sequences[part.index]]:
+            if part.cached is not None:
+                sequence.cached = part.cached
+            for sampled in part.tokens:
+                if sequence.finish_reason is None:
+                    sequence.append(sampled, self._end_ids, time.monotonic())
+            if part.finish_reason is not None and sequence.finish_reason is None:
+                sequence.end(part.finish_reason, time.monotonic())

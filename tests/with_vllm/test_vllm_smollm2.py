@@ -25,13 +25,22 @@ TOKENS = 16
 TIE = 1e-3  # of two log-probabilities: what other orders of summing can turn round
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    options = ("--max-loras", "8", "--max-lora-rank", "64", "--max-model-len", "1024")
-    with vllm_server(
-        tmp_path_factory.mktemp("vllm"), resolve_base_model(DEFAULT_BASE_MODEL), str(POOL), *options
-    ) as it:
-        yield it
+# One adapter made for each composition; or the pool's adapters as they are, in few slots, composed in vLLM's batch.
+MODES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "adapters": (("--max-loras", "8", "--max-lora-rank", "64"), {}),
+    "lanes": (
+        ("--max-loras", "16", "--max-lora-rank", "16"),
+        {"LORARETRIEVER_VLLM_LANES": "1", "LORARETRIEVER_VLLM_SLOTS": "7"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    options, variables = MODES[request.param]
+    folder, model = tmp_path_factory.mktemp("vllm"), resolve_base_model(DEFAULT_BASE_MODEL)
+    with vllm_server(folder, model, str(POOL), "--max-model-len", "1024", *options, **variables) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,9 @@ def is_tie(local: LoraRetriever, request: Request, other: str) -> bool:
     return False
 
 
-def test_mixtures_of_three_adapters_give_the_local_engines_text(local: LoraRetriever, remote: LoraRetriever) -> None:
+@pytest.fixture(scope="module")
+def mixtures(local: LoraRetriever) -> tuple[list[Request], list[str]]:
+    """Requests for mixtures of three adapters, nearly all different, and the local engine's answers."""
     chance = random.Random(0)
     compositions = []
     for route in local.route(prompts(), k=3):
@@ -82,7 +93,14 @@ def test_mixtures_of_three_adapters_give_the_local_engines_text(local: LoraRetri
         compositions.append(compose_explicit("mixture", named))
     assert all(len(composition.adapters) == 3 for composition in compositions)
     requests = requests_with(compositions)
-    expected, found = texts(local, requests), texts(remote, requests)
+    return requests, texts(local, requests)
+
+
+def test_mixtures_of_three_adapters_give_the_local_engines_text(
+    local: LoraRetriever, remote: LoraRetriever, mixtures: tuple[list[Request], list[str]]
+) -> None:
+    requests, expected = mixtures
+    found = texts(remote, requests)
     differing = [i for i in range(PROMPTS) if expected[i] != found[i]]
     assert len(differing) <= PROMPTS // 20
     for i in differing:
