@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class InProcessBackend:
         Raises:
             ModelLoadError: vLLM is not installed.
         """
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for answers
         try:
             import vllm  # noqa: F401
         except ImportError as error:
@@ -95,6 +97,7 @@ class InProcessBackend:
         """See `Backend`."""
         if self._engine is not None:
             self._engine.shutdown()
+            self._engine = None  # it looks after itself once more when nobody holds it, which at exit is too late
 
     async def _adapter(self, model: str) -> Any:
         """VLLM's request for the adapter of a name."""
