@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import httpx
 import pytest
 
 from unit.server.conftest import Served
@@ -13,3 +16,9 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def served(gateway: Served) -> Served:
     return gateway
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client

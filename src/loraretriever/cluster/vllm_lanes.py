@@ -20,13 +20,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import vllm
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
-import vllm
 from loraretriever.batch import AdapterRef, RowRoute
 from loraretriever.batch.routing import PackedRouting, Routing
 from loraretriever.compose.lanes import Lane, folder_id, read_lane

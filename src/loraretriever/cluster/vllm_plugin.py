@@ -201,10 +201,11 @@ class RecentNames(OrderedDict[str, Any]):
 
     def __init__(self, resolver: PoolResolver, limit: int, names: dict[str, Any], locks: dict[str, Any]) -> None:
         """Begin with vLLM's own names; `locks` are those of vLLM, one for each name."""
-        super().__init__(names)
+        super().__init__()
         self._resolver = resolver
         self._limit = limit
         self._locks = locks
+        self.update(names)
 
     def __contains__(self, name: object) -> bool:
         """Whether a name is known; it is used now, then."""
