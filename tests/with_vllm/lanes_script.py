@@ -35,9 +35,8 @@ def check_product():
     torch.manual_seed(0)
     a = tuple(torch.randn(SLOTS, 1, RANK, INS) for _ in OUTS)
     b = tuple(torch.randn(SLOTS, 1, out, RANK) for out in OUTS)
-    head = SimpleNamespace(
-        lora_a_stacked=torch.randn(SLOTS, 1, RANK, INS), lora_b_stacked=torch.randn(SLOTS, 1, 9, RANK)
-    )
+    head_a, head_b = torch.randn(SLOTS, 1, RANK, INS), torch.randn(SLOTS, 1, 9, RANK)
+    head = SimpleNamespace(lora_a_stacked=head_a, lora_b_stacked=head_b)
     punica = LanesPunica(64, 16, "cpu")
     for slot in PLACES.values():
         punica.fill(SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b), slot, is_empty=False)
@@ -52,10 +51,9 @@ def check_product():
     before = y.clone()
     punica.add_lora_linear(y, x, a, b, 1.0, OUTS)
     for row, number in enumerate(TOKENS):
-        added = [
-            update(a[i], b[i], LANES[number], x[row]) if number else torch.zeros(out) for i, out in enumerate(OUTS)
-        ]
-        torch.testing.assert_close(y[row], before[row] + torch.cat(added), rtol=1e-5, atol=1e-5)
+        lane = LANES.get(number)
+        added = torch.cat([update(*pair, lane, x[row]) for pair in zip(a, b)]) if lane else 0
+        torch.testing.assert_close(y[row], before[row] + added, rtol=1e-5, atol=1e-5)
     logits, states = torch.zeros(len(SAMPLED), 11), torch.randn(len(SAMPLED), INS)  # padded by two
     punica.add_lora_logits(logits, states, head_a, head_b, 1.0)
     for row, number in enumerate(SAMPLED):
