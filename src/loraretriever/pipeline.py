@@ -90,7 +90,7 @@ class LoraRetriever:
             InvalidInputError: a setting is unknown or out of range.
         """
         checked = load_settings(**settings)
-        return cls(Pool.open(pool), checked, _load_retriever, _load_local_engine)
+        return cls(Pool.open(pool), checked, _load_retriever, load_engine)
 
     @property
     def retriever(self) -> Retriever:
@@ -388,7 +388,8 @@ def _load_retriever(pool: Reader, settings: Settings) -> Retriever:
     return load_retriever(pool, settings)
 
 
-def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
+def load_engine(pool: Pool, settings: Settings) -> Engine:
+    """The engine of these settings, over a pool's adapters."""
     from loraretriever.compose.merged import MergedStore
     from loraretriever.engine.loading import load_local_engine
 
