@@ -266,6 +266,11 @@ def named_by_environment(name: Literal["POOL", "CONFIG"]) -> str | None:
     return os.environ.get(ENVIRONMENT_PREFIX + name) or None
 
 
+def ray_address() -> str | None:
+    """The Ray cluster that the environment names, by Ray's own variable."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInputError(f"{path}: {name} is {value!r}; expected a table, which begins with [{name}].")
