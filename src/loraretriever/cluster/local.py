@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _EXTRA_SECONDS = 20.0  # beyond what requests have, for replicas to end
 _LOOK_SECONDS = 0.1
+_NAME = "loraretriever"  # of the application
+_OWN_ERROR = re.compile(r"loraretriever\.errors\.\w+: ")  # as it stands in a stack
 # Ray reads these when it is imported. It would tell its makers of each cluster, and leave out lines of logs.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
 
@@ -40,20 +43,20 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
     with require_extra("ray"):
         import ray
         from ray import serve
-    from loraretriever.cluster.ray_app import APPLICATION, build
+    from loraretriever.cluster.ray_app import build
 
     application = build(plan, cluster)
     with _interruptible():
         try:
+            logging.getLogger("ray").setLevel(logging.ERROR)  # what replicas say is passed on by other ways
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             _start_ray(ray, cluster)
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             serve.start(http_options={"host": plan.server.host, "port": plan.server.port}, logging_config=quiet)
-            for name in ("ray", "ray.serve"):
-                logging.getLogger(name).setLevel(logging.WARNING)
             try:
-                serve.run(application, name=APPLICATION, route_prefix="/")
+                serve.run(application, name=_NAME, route_prefix="/")
             except RuntimeError as error:
-                raise LoraRetrieverError(f"the replicas cannot be started: {error}") from error
+                raise LoraRetrieverError(f"the replicas cannot be started: {_reason(serve, error)}") from error
             on_ready()
             while True:
                 signal.pause()
@@ -66,28 +69,31 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
 def _start_ray(ray: Any, cluster: ClusterSettings) -> None:
     address = ray_address()
     if address is not None:
-        ray.init(address, logging_level=logging.WARNING)
+        ray.init(address, configure_logging=False)
         return
     replicas = cluster.max_replicas or cluster.replicas
     wanted = replicas * cluster.replica_cpus + cluster.ingresses
     # Ray only counts processors. Fewer than are wanted would leave replicas waiting for ever.
     processors = max(wanted, os.cpu_count() or 1)
-    ray.init("local", num_cpus=processors, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init("local", num_cpus=processors, include_dashboard=False, configure_logging=False)
+
+
+def _reason(serve: Any, error: Exception) -> str:
+    """Why replicas do not start: our own error at the end of what Ray Serve tells of them, or else all of it."""
+    told = [each.message for each in serve.status().applications[_NAME].deployments.values()]
+    found = [_OWN_ERROR.split(message)[-1] for message in told if _OWN_ERROR.search(message)]
+    return found[0] if found else "\n".join([str(error), *filter(None, told)])
 
 
 def _stop(ray: Any, serve: Any, plan: Plan) -> None:
-    """End the application, after its requests; and Serve and Ray, where they are this program's own."""
+    """End the application, after its requests, and Ray with it, where it is this program's own."""
     if not ray.is_initialized():
         return
-    from loraretriever.cluster.ray_app import APPLICATION
-
     with suppress(Exception):  # whatever state Serve is in: there is nothing more to be done
-        serve.delete(APPLICATION, _blocking=False)
+        serve.delete(_NAME, _blocking=False)
         deadline = time.monotonic() + plan.server.shutdown_seconds + _EXTRA_SECONDS
-        while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+        while _NAME in serve.status().applications and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
-        if ray_address() is None:
-            serve.shutdown()
     ray.shutdown()
 
 

@@ -32,7 +32,6 @@ with require_extra("ray"):
 from loraretriever.cluster.ingress import Ingress
 from loraretriever.cluster.replica import EngineReplica
 
-APPLICATION = "loraretriever"
 _INGRESS_REQUESTS = 4096  # that one ingress handles at once
 _ROOM = 1.25  # requests at a replica per row of its batch: the next ones are there when rows become free
 _HEALTH_SECONDS, _HEALTH_TIMEOUT = 10.0, 30.0
