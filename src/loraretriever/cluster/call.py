@@ -107,6 +107,7 @@ class Call:
                 self._take(await self._next(answers))
                 self._unheard.deliver()
         except TimeoutError:
+            answers.cancel()
             self._end_all("timeout")
         finally:
             if self._open:

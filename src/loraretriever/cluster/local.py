@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -46,11 +47,11 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
     from loraretriever.cluster.ray_app import build
 
     application = build(plan, cluster)
-    with _interruptible():
+    with _interruptible(), TemporaryDirectory(prefix="loraretriever-ray-", ignore_cleanup_errors=True) as folder:
         try:
             logging.getLogger("ray").setLevel(logging.ERROR)  # what replicas say is passed on by other ways
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            _start_ray(ray, cluster)
+            _start_ray(ray, cluster, folder)
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             serve.start(http_options={"host": plan.server.host, "port": plan.server.port}, logging_config=quiet)
             try:
@@ -66,7 +67,7 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
             _stop(ray, serve, plan)
 
 
-def _start_ray(ray: Any, cluster: ClusterSettings) -> None:
+def _start_ray(ray: Any, cluster: ClusterSettings, folder: str) -> None:
     address = ray_address()
     if address is not None:
         ray.init(address, configure_logging=False)
@@ -75,7 +76,7 @@ def _start_ray(ray: Any, cluster: ClusterSettings) -> None:
     wanted = replicas * cluster.replica_cpus + cluster.ingresses
     # Ray only counts processors. Fewer than are wanted would leave replicas waiting for ever.
     processors = max(wanted, os.cpu_count() or 1)
-    ray.init("local", num_cpus=processors, include_dashboard=False, configure_logging=False)
+    ray.init("local", num_cpus=processors, include_dashboard=False, configure_logging=False, _temp_dir=folder)
 
 
 def _reason(serve: Any, error: Exception) -> str:
