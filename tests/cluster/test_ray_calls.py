@@ -36,18 +36,22 @@ class ScriptedAnswers:
     def __init__(self, script: Sequence[Step]) -> None:
         self._script = list(script)
         self.cancelled = False
+        self._failed: Step = None
 
     async def __anext__(self) -> list[Event]:
         step = self._script.pop(0)
         if step is None:
             await asyncio.Event().wait()
         if isinstance(step, Exception):
+            self._failed = step
             raise step
         assert step is not None
         return step
 
     def cancel(self) -> None:
         self.cancelled = True
+        if isinstance(self._failed, Exception):  # as Ray's own do
+            raise self._failed
 
 
 class ScriptedHandle:
@@ -143,10 +147,9 @@ def test_errors_of_the_engine_keep_class_and_message(loop: asyncio.AbstractEvent
 
 
 def test_errors_of_ray_become_ours(loop: asyncio.AbstractEventLoop) -> None:
-    with pytest.raises(OverloadedError, match="send it again"):
-        called(
-            loop, ScriptedHandle(*[[BackPressureError(num_queued_requests=9, max_queued_requests=9)]] * 4)
-        ).stream.result()
+    full = ScriptedHandle([BackPressureError(num_queued_requests=9, max_queued_requests=9)])
+    with pytest.raises(OverloadedError, match="max_queued_requests=9.*Send it again"):
+        called(loop, full).stream.result()
     broken = RayTaskError("answer", "a stack", ValueError("broken"))
     with pytest.raises(EngineError, match="broken"):
         called(loop, ScriptedHandle([broken])).stream.result()

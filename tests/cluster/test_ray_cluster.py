@@ -127,7 +127,9 @@ def test_requests_go_to_replicas_that_hold_their_adapter(
     with Pool.open(cluster.pool) as pool:
         for seed, name in enumerate(names, 50):
             pool.add(write_peft_folder(tmp_path / name, seed=seed, base_model=base), samples=[f"{name} of {seed}"])
-    found = loads(cluster, client, names, rounds=6)
+        found = loads(cluster, client, names, rounds=6)
+        for name in names:
+            pool.remove(name)
     # Without affinity each adapter would be loaded by both replicas but for one case in 32: 15.8 loads, and 12 or
     # fewer once in ten thousand runs.
     assert len(names) <= found <= 12
@@ -192,24 +194,21 @@ def stopped(cluster: Cluster) -> Iterator[Callable[[], psutil.Process]]:
 
 def test_a_replica_is_killed_under_load(cluster: Cluster, stopped: Callable[[], psutil.Process]) -> None:
     """What has not begun is answered by the other one, what has begun ends with an error, and a third one comes."""
-    began = [Reader(cluster, max_tokens=LONG, n=2, model=model) for model in ("sql", "german", "math", "base") * 2]
+    began = [Reader(cluster, max_tokens=LONG, model=model) for model in ("sql", "german", "math", "base") * 4]
     for reader in began:
         reader.start()
-    victim = None
-    for reader in began:
-        assert reader.begun.wait(WAIT)
-        victim = victim or stopped()
+    until(lambda: sum(reader.begun.is_set() for reader in began) > ROWS, "more run than one replica has room for")
+    victim = stopped()
     with ThreadPoolExecutor(SERVED_BY_ALL) as threads, cluster.client() as client:
         later = [threads.submit(answer, client, model=model) for model in ("sql", "german", "math", "base") * 4]
         threading.Event().wait(1.0)  # for them to be sent, also to the replica that has been stopped
-        assert victim is not None
         victim.kill()
         for future in later:
             future.result(WAIT)
     for reader in began:
         reader.join(WAIT)
-    ends = [reader.error for reader in began]
     assert all(reader.status == 200 for reader in began)
+    ends = [reader.error for reader in began]
     assert any(ends), "somebody was amid an answer of that replica"
     for end in filter(None, ends):
         assert end["type"] == "server_error" and "sent again" in end["message"]

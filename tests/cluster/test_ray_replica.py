@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from loraretriever.types import Generation, Piece, Request, Sampling
 from tiny import write_peft_folder
 from unit.server.conftest import make_pool
 
-T = TypeVar("T")
+Run = Callable[[Any], Any]
 LONG = Sampling(max_tokens=400, ignore_end=True)
 
 
@@ -54,14 +55,14 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def run(test: Awaitable[T]) -> T:
-    async def main() -> T:
-        return await test
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Runs coroutines on one event loop, as a replica does."""
+    with asyncio.Runner() as runner:
+        yield runner.run
 
-    return asyncio.run(main())
 
-
-def test_first_nothing_then_pieces_at_last_the_answers(engine: EngineReplica) -> None:
+def test_first_nothing_then_pieces_at_last_the_answers(run: Run, engine: EngineReplica) -> None:
     batches = run(collect(engine, Request("Add 3 and 4.", sampling=Sampling(max_tokens=5, n=2, ignore_end=True))))
     assert batches[0] == []
     events = [event for batch in batches for event in batch]
@@ -72,12 +73,14 @@ def test_first_nothing_then_pieces_at_last_the_answers(engine: EngineReplica) ->
         assert "".join(pieces) == answer.text
 
 
-def test_errors_are_events(engine: EngineReplica) -> None:
+def test_errors_are_events(run: Run, engine: EngineReplica) -> None:
     ((error,),) = run(collect(engine, Request("x" * 5000)))
     assert type(error) is InvalidInputError
 
 
-def test_the_revision_is_the_one_that_was_looked_up(engine: EngineReplica, plan: Plan, tmp_path: Path) -> None:
+def test_the_revision_is_the_one_that_was_looked_up(
+    run: Run, engine: EngineReplica, plan: Plan, tmp_path: Path
+) -> None:
     request = Request("Add 3 and 4.", compose_explicit("mixture", {"sql": 1.0}), Sampling(max_tokens=12))
 
     def text(*digests: str) -> str:
@@ -97,7 +100,7 @@ def test_the_revision_is_the_one_that_was_looked_up(engine: EngineReplica, plan:
         text(before, after)
 
 
-def test_a_caller_that_cancels_frees_the_engine(engine: EngineReplica) -> None:
+def test_a_caller_that_cancels_frees_the_engine(run: Run, engine: EngineReplica) -> None:
     async def cancel() -> None:
         reading = asyncio.ensure_future(collect(engine, Request("Add 3 and 4.", sampling=LONG)))
         await until(lambda: engine._engine.stats().running > 0)
@@ -112,7 +115,7 @@ def test_a_caller_that_cancels_frees_the_engine(engine: EngineReplica) -> None:
 
 
 def test_what_is_cancelled_while_it_is_submitted_does_not_run(
-    engine: EngineReplica, monkeypatch: pytest.MonkeyPatch
+    run: Run, engine: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = engine._engine.submit
     submitted = []
@@ -136,12 +139,12 @@ def test_what_is_cancelled_while_it_is_submitted_does_not_run(
     assert [answer.finish_reason for answer in submitted[0].result()] == ["aborted"]
 
 
-def test_time_that_has_passed_before_counts(engine: EngineReplica) -> None:
+def test_time_that_has_passed_before_counts(run: Run, engine: EngineReplica) -> None:
     (_, *_, last) = run(collect(engine, Request("Add 3.", sampling=LONG, timeout=600), expires=time.time() - 1))
     assert isinstance(last[-1], Generation) and last[-1].finish_reason == "timeout"
 
 
-def test_an_engine_that_can_step_is_healthy(engine: EngineReplica) -> None:
+def test_an_engine_that_can_step_is_healthy(run: Run, engine: EngineReplica) -> None:
     async def check() -> None:
         await engine.check_health()
         steps = engine._engine.stats().steps
@@ -151,26 +154,21 @@ def test_an_engine_that_can_step_is_healthy(engine: EngineReplica) -> None:
     run(check())
 
 
-def test_an_engine_that_hangs_is_not(engine: EngineReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_hangs_is_not(engine: EngineReplica, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_ended = threading.Event()
+    silent = SimpleNamespace(result=has_ended.wait, abort=has_ended.set)
     monkeypatch.setattr(replica, "_PROBE_SECONDS", 0.05)
-
-    async def check() -> None:
-        await engine.check_health()
-        with engine._engine._lock, pytest.raises(EngineError, match="no step"):  # nothing steps while it is held
-            monkeypatch.setattr(engine._engine, "submit", lambda request: SimpleNamespace(result=hang, abort=hang))
-            await engine.check_health()
-
-    def hang() -> None:
-        time.sleep(0.3)
-
-    run(check())
+    run(engine.check_health())
+    monkeypatch.setattr(engine._engine, "submit", lambda request: silent)
+    with pytest.raises(EngineError, match="no step"):
+        run(engine.check_health())
 
 
 @pytest.mark.parametrize(
     ("client", "is_told"),
     [(("127.0.0.1", 9), False), (("::1", 9), False), (("192.0.2.7", 9), True), (None, True), (("", 0), True)],
 )
-def test_the_server_is_told_of_other_machines(client: tuple[str, int] | None, is_told: bool) -> None:
+def test_the_server_is_told_of_other_machines(run: Run, client: tuple[str, int] | None, is_told: bool) -> None:
     """Without keys it answers to this machine only, and the proxy stands between it and the client."""
     seen: list[Any] = []
 
@@ -188,7 +186,7 @@ def test_the_server_is_told_of_other_machines(client: tuple[str, int] | None, is
 
 
 @pytest.mark.parametrize("error", [None, EngineError("broken")])
-def test_a_replica_of_the_server_is_there_when_its_models_are(error: Exception | None) -> None:
+def test_a_replica_of_the_server_is_there_when_its_models_are(run: Run, error: Exception | None) -> None:
     state = SimpleNamespace(is_loaded=False, loading_error=None)
     sent: list[str] = []
 

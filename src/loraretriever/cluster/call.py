@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loraretriever.engine.stream import Event, Stream, Unheard
@@ -83,6 +83,8 @@ class Call:
             try:
                 await self._attempt(affinity, deadline)
                 return
+            except _NoReplica as error:  # the line is full, or there will be none: all replicas are alike
+                raise OverloadedError(f"no replica is free for this request: {error} Send it again later.") from error
             except OverloadedError:
                 if self.has_begun or is_last:
                     raise
@@ -107,26 +109,22 @@ class Call:
                 self._take(await self._next(answers))
                 self._unheard.deliver()
         except TimeoutError:
-            answers.cancel()
+            _cancel(answers)
             self._end_all("timeout")
-        finally:
-            if self._open:
-                answers.cancel()
+        except asyncio.CancelledError:
+            _cancel(answers)
+            raise
 
     async def _next(self, answers: DeploymentResponseGenerator[list[Event]]) -> list[Event]:
         """The next events, with the errors of Ray in our terms."""
         try:
             return await anext(answers)
-        except BackPressureError as error:
-            raise OverloadedError(
-                f"too many requests wait for a replica already: {error}; send it again later."
-            ) from error
         except RayTaskError as error:
             raise EngineError(f"a replica failed while it ran this request: {error.cause!r}; send it again.") from error
         except (RayError, RequestCancelledError, StopAsyncIteration) as error:
             raise _ReplicaGone(type(error).__name__) from error
         except RayServeException as error:
-            raise OverloadedError(f"no replica of the engine can be had: {error}; send it again later.") from error
+            raise _NoReplica(str(error)) from error
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -167,6 +165,15 @@ class Call:
             self.stream.piece(Piece("", index, finish_reason=reason))
             self.stream.finish(Generation("".join(pieces), reason, 0, len(pieces), seconds, index))
         self._open.clear()
+
+
+def _cancel(answers: Any) -> None:
+    with suppress(RayError, RayServeException):  # it has failed by itself
+        answers.cancel()
+
+
+class _NoReplica(Exception):
+    """Ray Serve has no replica for a request."""
 
 
 class _ReplicaGone(Exception):
