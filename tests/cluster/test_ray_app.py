@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from loraretriever.cluster import ray_app
-from loraretriever.config import load_cluster_settings, read_settings_file
+from loraretriever.config import ClusterSettings, load_cluster_settings, read_settings_file
 from loraretriever.errors import InvalidInputError
 from loraretriever.server.run import Plan
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -96,3 +103,22 @@ def test_places_are_whole_for_replicas_run_in_other_folders(tmp_path: Path, monk
 def test_worker_processes_are_for_servers_without_ray(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="workers is 2"):
         ray_app.app({"pool": str(tmp_path), "workers": 2})
+
+
+def test_the_example_is_what_ray_serve_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORARETRIEVER_POOL", raising=False)
+    schema = ServeDeploySchema(**yaml.safe_load((ROOT / "examples" / "ray-serve.yaml").read_text(encoding="utf-8")))
+    (application,) = schema.applications
+    module, _, name = application.import_path.partition(":")
+    assert getattr(import_module(module), name) is ray_app.app
+    found = deployments(ray_app.app(application.args))
+    assert {deployment.name for deployment in application.deployments} <= found.keys()
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(ClusterSettings), ids=lambda field: field.name)
+def test_each_setting_is_explained_with_its_default(field: dataclasses.Field[Any]) -> None:
+    text = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+    default = getattr(ClusterSettings(), field.name)
+    shown = f"{default}".lower().removesuffix(".0")
+    row = re.search(rf"^\| `{field.name}` \| ([^|]+) \|", text, re.M)
+    assert row and row[1] == shown

@@ -82,7 +82,7 @@ def build(plan: Plan, cluster: ClusterSettings) -> Application:
     plan = _absolute(plan)
     engine = _engine(plan, cluster).bind(plan, plan.settings.slots)
     if cluster.ingresses > 1:  # those of one host share a folder for their figures, and a file for the limits of keys
-        plan = replace(plan, shared=Path(tempfile.gettempdir()) / "loraretriever-figures" / secrets.token_hex(4))
+        plan = replace(plan, shared=Path(tempfile.gettempdir()) / f"loraretriever-figures-{secrets.token_hex(8)}")
     return _ingress(plan, cluster).bind(plan, engine, cluster.affinity)
 
 
