@@ -18,11 +18,13 @@ from loraretriever.cli.options import (
     DeviceOption,
     DtypeOption,
     EncoderOption,
+    EngineOption,
     JsonOption,
     KOption,
     RetrieverOption,
     StrategyOption,
     ThresholdOption,
+    VllmUrlOption,
     WeightingOption,
 )
 from loraretriever.config import load_cluster_settings, load_server_settings, load_settings, read_settings_file
@@ -62,6 +64,8 @@ def serve(
     max_replicas: Annotated[
         int | None, typer.Option(help="With --cluster: engines at most, when many requests run.", show_default="none")
     ] = None,
+    engine: EngineOption = None,
+    vllm_url: VllmUrlOption = None,
     base_model: BaseModelOption = None,
     encoder: EncoderOption = None,
     retriever: RetrieverOption = None,
@@ -114,7 +118,7 @@ def serve(
     settings = load_settings(
         file, base_model=base_model, encoder=encoder, retriever=retriever, device=device, dtype=dtype, k=k,
         threshold=threshold, strategy=strategy, weighting=weighting, slots=slots, batch_size=batch_size, queue=queue,
-        cache_mib=cache_mib,
+        cache_mib=cache_mib, engine=engine, vllm_urls=vllm_url or None,
     )  # fmt: skip
     server = load_server_settings(
         file, host=host, port=port, workers=workers, adapter_root=adapter_root, allow_hub=allow_hub,

@@ -49,7 +49,7 @@ class EngineReplica:
         self._engine.submit(_PROBE).result()
         self._courier: Courier | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="replica")
-        self._seen_steps = -1
+        self._progress = -1, -1
         self._note = serve.multiplexed(max_num_models_per_replica=adapters)(_name)
 
     async def answer(self, request: Request, expires: float | None, affinity: str) -> AsyncIterator[list[Event]]:
@@ -126,8 +126,9 @@ class EngineReplica:
             self._pool.close()
 
     def _has_stepped(self) -> bool:
-        before, self._seen_steps = self._seen_steps, self._engine.stats().steps
-        return self._seen_steps != before
+        stats = self._engine.stats()
+        before, self._progress = self._progress, (stats.steps, stats.generated_tokens)  # vLLM does not tell of steps
+        return self._progress != before
 
     async def _submit(self, request: Request) -> Answers:
         """The request, accepted by the engine; aborted, if nobody waits for it any more."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from loraretriever.engine.adapters import Adapters
-from loraretriever.engine.prompts import PromptReader
-from loraretriever.engine.runner import ModelRunner, check_length
+from loraretriever.engine.prompts import PromptReader, check_length
+from loraretriever.engine.runner import ModelRunner
 from loraretriever.engine.sampler import check_sampling
 from loraretriever.engine.sequence import Sequence, Sink
 from loraretriever.models import BaseModel
@@ -38,5 +38,5 @@ class Intake(PromptReader):
         made: list[Sequence] = []
         for index in range(sampling.n):
             leader = made[0] if made else None
-            made.append(Sequence(request, index, ids, route, self._tokenizer, sink, now, leader))
+            made.append(Sequence(request, index, ids, route, self.tokenizer, sink, now, leader))
         return made

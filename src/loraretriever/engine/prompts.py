@@ -17,9 +17,9 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any, known_ids: int, longest: int) -> None:
         """`known_ids`: the model knows the tokens below; `longest`: tokens that it takes in all."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         # The first call resets what the tokenizer's file says of truncation, which no other thread may see half done.
-        self._tokenizer("")
+        self.tokenizer("")
         self._known_ids = known_ids
         self._longest = longest
 
@@ -33,10 +33,10 @@ class PromptReader:
         if request.tokens:
             ids = list(request.tokens)
         else:
-            text = render_prompt(self._tokenizer, request.prompt, request.chat, request.messages)
+            text = render_prompt(self.tokenizer, request.prompt, request.chat, request.messages)
             self._check_beginnings(text, position)
-            rendered = request.chat and bool(self._tokenizer.chat_template)  # which writes the special tokens itself
-            ids = self._tokenizer(text, add_special_tokens=not rendered).input_ids
+            rendered = request.chat and bool(self.tokenizer.chat_template)  # which writes the special tokens itself
+            ids = self.tokenizer(text, add_special_tokens=not rendered).input_ids
         self._check_known(ids, f"prompt {position + 1}")
         return ids
 
@@ -47,13 +47,13 @@ class PromptReader:
             InvalidInputError: the model does not know one of them.
         """
         self._check_known(tokens, "the prompt")
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _check_beginnings(self, text: str, position: int) -> None:
         """Refuse what is far too long by a part of it: reading all would take memory and time without need."""
         size = _LIKELY_CHARACTERS * self._longest
         while size < len(text):
-            count = len(self._tokenizer(text[:size]).input_ids)
+            count = len(self.tokenizer(text[:size]).input_ids)
             if count > self._longest:
                 raise InvalidInputError(
                     f"prompt {position + 1} has more than {count} tokens; the model takes {self._longest} in all. "
@@ -68,3 +68,18 @@ class PromptReader:
                     f"{name} has the token {token}, but the model knows only those from 0, below {self._known_ids}; "
                     "use the model's own tokenizer, or leave that special token out."
                 )
+
+
+def check_length(prompt: int, answer: int, longest: int, position: int) -> None:
+    """Refuse a prompt without tokens, or one that with its answer is too long.
+
+    Raises:
+        InvalidInputError: it is so.
+    """
+    if prompt == 0:
+        raise InvalidInputError(f"prompt {position + 1} is empty; expected at least one token.")
+    if prompt + answer > longest:
+        raise InvalidInputError(
+            f"prompt {position + 1} has {prompt} tokens and asks for up to {answer} more; the model takes "
+            f"{longest} in all. Shorten the prompt or lower max_tokens."
+        )

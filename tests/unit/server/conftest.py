@@ -62,24 +62,30 @@ def make_pool(folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES
 @contextmanager
 def serving(pool: Path, models: Path, settings: ServerSettings | None = None, **options: Any) -> Iterator[Served]:
     """Serve a pool on a free port of this machine, in a thread."""
+    options = {"encoder": str(models / "encoder"), "precision": "float32", "batch_size": 8, "slots": 4} | options
+    with LoraRetriever.open(pool, **options) as retriever, serving_app(retriever, settings) as served:
+        yield served
+
+
+@contextmanager
+def serving_app(retriever: LoraRetriever, settings: ServerSettings | None = None) -> Iterator[Served]:
+    """Serve what is open already, as `serving`."""
     import uvicorn
 
     from loraretriever.server.app import create_app
 
-    options = {"encoder": str(models / "encoder"), "precision": "float32", "batch_size": 8, "slots": 4} | options
-    with LoraRetriever.open(pool, **options) as retriever:
-        app = create_app(retriever, settings or ServerSettings(refresh_seconds=0.05))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
-        thread = threading.Thread(target=server.run, name="uvicorn")
-        thread.start()
-        try:
-            with httpx.Client(timeout=60) as client:
-                url = _address(server, thread)
-                _wait_until_ready(client, url)
-                yield Served(url, app, retriever)
-        finally:
-            server.should_exit = True
-            thread.join()
+    app = create_app(retriever, settings or ServerSettings(refresh_seconds=0.05))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, name="uvicorn")
+    thread.start()
+    try:
+        with httpx.Client(timeout=60) as client:
+            url = _address(server, thread)
+            _wait_until_ready(client, url)
+            yield Served(url, app, retriever)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _address(server: Any, thread: threading.Thread) -> str:
