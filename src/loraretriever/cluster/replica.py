@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ from loraretriever.server.streaming import Courier, Event, Inbox
 from loraretriever.types import EngineStats, Generation, Request, Sampling
 
 _Result = TypeVar("_Result")
-_log = logging.getLogger(__name__)
 _THREADS = 4  # for what blocks: tokenising, the pool's database, the engine's lock
 _PROBE = Request("Are you there?", sampling=Sampling(max_tokens=1), priority=-1000)
 _PROBE_SECONDS = 20.0  # that a tiny request may take in an engine that makes no other step
