@@ -219,10 +219,10 @@ def test_a_replica_is_killed_under_load(cluster: Cluster, stopped: Callable[[], 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, cluster_models: Path) -> Iterator[Cluster]:
-    """A cluster of a test's own: one replica, with few places for requests that wait."""
+    """Another cluster: two ingresses before one replica, with few places for requests that wait."""
     folder = tmp_path_factory.mktemp("small")
     pool = make_pool(folder, cluster_models)
-    with run_cluster(pool, cluster_models, folder, "--queue", ROWS, replicas=1) as running:
+    with run_cluster(pool, cluster_models, folder, "--queue", ROWS, replicas=1, ingresses=2) as running:
         yield running
 
 
@@ -238,6 +238,21 @@ def test_more_than_the_queue_holds_is_told_to_come_again(small: Cluster) -> None
     for response in refused:
         assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded"), response.text
         assert int(response.headers["retry-after"]) >= 1
+
+
+def test_an_ingress_is_killed(small: Cluster) -> None:
+    """The other one answers, and what the dead one has counted stays."""
+    ingresses = small.processes("ServeReplica:loraretriever:Ingress")
+    assert len(ingresses) == 2
+    answers(small, model="sql")
+    before = settled(small, "request_success_total")
+    ingresses[0].kill()
+    with small.client() as client:
+        for _ in range(SERVED_BY_ALL):
+            answer(client, model="sql")
+    assert settled(small, "request_success_total") == before + SERVED_BY_ALL
+    until(lambda: len(small.processes("ServeReplica:loraretriever:Ingress")) == 2, "a new ingress")
+    until(lambda: small.figures().get("adapter_slots") == SLOTS, "the engine's figures, once")
 
 
 def test_keys_and_their_limits(small: Cluster) -> None:

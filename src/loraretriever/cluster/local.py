@@ -6,9 +6,10 @@ import logging
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
@@ -46,19 +47,19 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
         from ray import serve
     from loraretriever.cluster.ray_app import build
 
-    application = build(plan, cluster)
-    with _interruptible(), TemporaryDirectory(prefix="loraretriever-ray-", ignore_cleanup_errors=True) as folder:
+    application, stdout = build(plan, cluster), sys.stdout
+    with (
+        _interruptible(),
+        TemporaryDirectory(prefix="loraretriever-ray-", ignore_cleanup_errors=True) as folder,
+        redirect_stdout(sys.stderr),  # Ray tells there what happens to replicas
+    ):
         try:
             logging.getLogger("ray").setLevel(logging.ERROR)  # what replicas say is passed on by other ways
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             _start_ray(ray, cluster, folder)
-            quiet = {"log_level": "WARNING", "enable_access_log": False}
-            serve.start(http_options={"host": plan.server.host, "port": plan.server.port}, logging_config=quiet)
-            try:
-                serve.run(application, name=_NAME, route_prefix="/")
-            except RuntimeError as error:
-                raise LoraRetrieverError(f"the replicas cannot be started: {_reason(serve, error)}") from error
-            on_ready()
+            _deploy(serve, plan, application)
+            with redirect_stdout(stdout):
+                on_ready()
             while True:
                 signal.pause()
         except KeyboardInterrupt:
@@ -77,6 +78,16 @@ def _start_ray(ray: Any, cluster: ClusterSettings, folder: str) -> None:
     # Ray only counts processors. Fewer than are wanted would leave replicas waiting for ever.
     processors = max(wanted, os.cpu_count() or 1)
     ray.init("local", num_cpus=processors, include_dashboard=False, configure_logging=False, _temp_dir=folder)
+
+
+def _deploy(serve: Any, plan: Plan, application: Any) -> None:
+    """Start Serve, unless it runs, and the application; waits until all replicas have loaded their models."""
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(http_options={"host": plan.server.host, "port": plan.server.port}, logging_config=quiet)
+    try:
+        serve.run(application, name=_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise LoraRetrieverError(f"the replicas cannot be started: {_reason(serve, error)}") from error
 
 
 def _reason(serve: Any, error: Exception) -> str:
