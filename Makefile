@@ -8,7 +8,7 @@ SOURCES := src tests benchmarks demo examples web
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-vllm setup check format bench train-demo train-large clean
+.PHONY: demo test test-vllm test-ray setup check format bench train-demo train-large clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
@@ -22,6 +22,9 @@ test: $(VENV)/.test
 # vLLM's CPU build, in an environment of its own: it wants other versions of what both need.
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.done
 	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest -m vllm
+
+test-ray: $(VENV)/.test
+	$(BIN)/python -m pytest -m ray
 
 setup: $(VENV)/.dev
 	$(BIN)/pre-commit install

@@ -164,18 +164,39 @@ class ServerSettings:
     root_path: Annotated[str, AfterValidator(_is_root_path)] = ""
 
 
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ClusterSettings:
+    """How the server is spread over a Ray cluster. Each field can be set by the environment, as those of the server.
+
+    There are `replicas` of the engine, or more, up to `max_replicas` (None: never), so that each has about
+    `target_requests` (None: the engine's batch size) at once. A replica has a copy of the base model, `replica_cpus`
+    threads and `replica_gpus` GPUs. With `affinity` requests prefer replicas where their adapters are at hand.
+    `ingresses` route and compose.
+    """
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    target_requests: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    replica_cpus: int = Field(default=1, ge=1)
+    replica_gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    affinity: bool = True
+    ingresses: int = Field(default=1, ge=1, le=256)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SettingsFile:
-    """What a TOML file holds: `pool`, fields of `Settings`, and in the table `server` those of `ServerSettings`."""
+    """What a TOML file holds: `pool`, fields of `Settings`, and in tables those of the server's and the cluster's."""
 
     path: Path
     pool: str | None
     settings: Mapping[str, Any]
     server: Mapping[str, Any]
+    cluster: Mapping[str, Any]
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 _SERVER_FIELDS = tuple(field.name for field in dataclasses.fields(ServerSettings))
+_CLUSTER_FIELDS = tuple(field.name for field in dataclasses.fields(ClusterSettings))
 
 
 def read_settings_file(path: Path) -> SettingsFile:
@@ -190,11 +211,10 @@ def read_settings_file(path: Path) -> SettingsFile:
         raise InvalidInputError(f"cannot read the settings in {path}: {error.strerror or error}.") from error
     except ValueError as error:
         raise InvalidInputError(f"{path} is not TOML in UTF-8: {error}.") from error
-    server = values.pop("server", {})
-    if not isinstance(server, dict):
-        raise InvalidInputError(f"{path}: server is {server!r}; expected a table, which begins with [server].")
-    _check_keys(path, "", values, ("pool", *_FIELDS, "[server]"))
+    server, cluster = (_table(path, name, values.pop(name, {})) for name in ("server", "cluster"))
+    _check_keys(path, "", values, ("pool", *_FIELDS, "[server]", "[cluster]"))
     _check_keys(path, "server.", server, _SERVER_FIELDS)
+    _check_keys(path, "cluster.", cluster, _CLUSTER_FIELDS)
     folder = path.absolute().parent
     pool = values.pop("pool", None)
     if pool is not None and not isinstance(pool, str):
@@ -207,7 +227,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     routers = _split_commas(values.get("routers"))
     if isinstance(routers, list) and all(isinstance(router, str) for router in routers):  # else it is refused later
         values["routers"] = [str(folder / Path(router).expanduser()) for router in routers]
-    return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server)
+    return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server, cluster)
 
 
 def load_settings(file: SettingsFile | None = None, /, **overrides: Any) -> Settings:
@@ -228,7 +248,21 @@ def load_server_settings(file: SettingsFile | None = None, /, **overrides: Any) 
     return _load(ServerSettings, _placed(file.server, f" of [server] in {file.path}") if file else {}, overrides)
 
 
-_Loaded = TypeVar("_Loaded", Settings, ServerSettings)
+def load_cluster_settings(file: SettingsFile | None = None, /, **overrides: Any) -> ClusterSettings:
+    """The cluster's settings, as `load_settings`.
+
+    Raises:
+        InvalidInputError: an unknown name, a value of the wrong type or range, or fewer replicas at most than at least.
+    """
+    settings = _load(ClusterSettings, _placed(file.cluster, f" of [cluster] in {file.path}") if file else {}, overrides)
+    if settings.max_replicas is not None and settings.max_replicas < settings.replicas:
+        raise InvalidInputError(
+            f"max_replicas is {settings.max_replicas}; expected at least replicas, which is {settings.replicas}."
+        )
+    return settings
+
+
+_Loaded = TypeVar("_Loaded", Settings, ServerSettings, ClusterSettings)
 _Placed = dict[str, tuple[Any, str]]  # name -> value, where it was found
 
 
@@ -256,6 +290,22 @@ def _load(kind: type[_Loaded], from_file: _Placed, overrides: Mapping[str, Any])
         ) from error
 
 
+def named_by_environment(name: Literal["POOL", "CONFIG"]) -> str | None:
+    """The pool or the settings file that the environment names."""
+    return os.environ.get(ENVIRONMENT_PREFIX + name) or None
+
+
+def ray_address() -> str | None:
+    """The Ray cluster that the environment names, by Ray's own variable."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{path}: {name} is {value!r}; expected a table, which begins with [{name}].")
+    return value
+
+
 def _check_keys(path: Path, prefix: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for name in values:
         if name not in known:
@@ -267,7 +317,7 @@ def _variable(name: str) -> str:
 
 
 def _check_environment() -> None:
-    known = {*map(_variable, (*_FIELDS, *_SERVER_FIELDS)), *_OTHER_VARIABLES}
+    known = {*map(_variable, (*_FIELDS, *_SERVER_FIELDS, *_CLUSTER_FIELDS)), *_OTHER_VARIABLES}
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             raise InvalidInputError(

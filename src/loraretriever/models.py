@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +44,14 @@ class BaseModel:
     name: str
     model: Any
     tokenizer: Any
+
+
+def quiet_libraries() -> None:
+    """Progress bars and warnings of libraries are not for this program's users."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def load_base_model(name: str = DEFAULT_BASE_MODEL, dtype: str = "auto", device: str = "cpu") -> BaseModel:

@@ -283,7 +283,8 @@ class Request:
     With `messages`, the template renders them in place of `prompt`; with `tokens`, the model reads these ids as they
     are, and `chat` plays no part. Requests of a lower `priority` number go first. A request not done `timeout` seconds
     after its submission ends with what it has. What was computed of a prompt's beginning serves later requests of
-    the same `namespace` only.
+    the same `namespace` only. `digests` are the revisions of the composition's adapters, where they were looked up
+    before; without them the engine takes those of the moment of submission.
     """
 
     prompt: str
@@ -295,6 +296,7 @@ class Request:
     messages: tuple[Message, ...] = ()
     tokens: tuple[int, ...] = ()
     namespace: str = ""
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing.
@@ -310,6 +312,11 @@ class Request:
             raise InvalidInputError(
                 f"a request has {len(self.messages)} messages and {len(self.tokens)} token ids; expected only one of "
                 "the two."
+            )
+        if self.digests and len(self.digests) != len(self.composition.adapters):
+            raise InvalidInputError(
+                f"a request has {len(self.digests)} digests; expected one for each of its composition's "
+                f"{len(self.composition.adapters)} adapters, or none."
             )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +42,7 @@ from loraretriever.cli.routers import train_router
 from loraretriever.cli.serve import serve
 from loraretriever.cli.train import train_retriever
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
+from loraretriever.models import quiet_libraries as _quiet_libraries
 
 app = typer.Typer(
     help="Retrieve the LoRA adapters that fit each prompt, compose them, answer mixed prompts in one batch.",
@@ -229,14 +228,6 @@ def generate(
             console.print_json(answers[key])
         else:
             console.print_completion(completions[key])
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and warnings of libraries are not for this program's users."""
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,10 +27,11 @@ from loraretriever.cli.options import (
     VllmUrlOption,
     WeightingOption,
 )
-from loraretriever.config import load_server_settings, load_settings, read_settings_file
+from loraretriever.config import load_cluster_settings, load_server_settings, load_settings, read_settings_file
 from loraretriever.errors import InvalidInputError, require_extra
 
 if TYPE_CHECKING:
+    from loraretriever.config import ClusterSettings
     from loraretriever.server.run import Plan
 
 _log = logging.getLogger(__name__)
@@ -52,6 +54,15 @@ def serve(
     port: Annotated[int | None, typer.Option(help="0: any free one.", show_default="8000")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes, each with models of its own.", show_default="1")
+    ] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Serve on Ray: one of this machine's own, or that of RAY_ADDRESS.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(help="With --cluster: engines, each with a model of its own.", show_default="1")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="With --cluster: engines at most, when many requests run.", show_default="none")
     ] = None,
     engine: EngineOption = None,
     vllm_url: VllmUrlOption = None,
@@ -115,6 +126,9 @@ def serve(
         log_level=log_level, log_format=log_format, log_prompts=log_prompts, otlp_endpoint=otlp_endpoint,
         cors_origins=cors_origin or None, root_path=root_path,
     )  # fmt: skip
+    spread = load_cluster_settings(file, replicas=replicas, max_replicas=max_replicas) if cluster else None
+    if not cluster and (replicas or max_replicas):
+        raise InvalidInputError("--replicas and --max-replicas are for Ray; add --cluster, or use --workers instead.")
     place = pool or (file and file.pool)
     if not place:
         raise InvalidInputError(
@@ -126,7 +140,11 @@ def serve(
             import_module(package)
     from loraretriever.server.run import Plan
 
-    _serve(Plan(place, settings, server), as_json)
+    plan = Plan(place, settings, server)
+    if spread is None:
+        _serve(plan, as_json)
+    else:
+        _serve_on_ray(plan, spread, as_json)
 
 
 def _serve(plan: Plan, as_json: bool) -> None:
@@ -145,6 +163,20 @@ def _serve(plan: Plan, as_json: bool) -> None:
             serve_here(plan, listener, on_ready)
         else:
             serve_in_workers(plan, listener, on_ready)
+
+
+def _serve_on_ray(plan: Plan, cluster: ClusterSettings, as_json: bool) -> None:
+    from loraretriever.cluster.local import serve_on_ray
+    from loraretriever.server import logs
+    from loraretriever.server.sockets import listen, url_of
+
+    has_keys = _check_pool(plan)
+    with listen(plan.server.host, plan.server.port) as listener:  # whether the port is free, and which one 0 means
+        url = url_of(listener)
+        plan = replace(plan, server=replace(plan.server, port=listener.getsockname()[1]))
+    logs.configure(plan.server.log_level, plan.server.log_format)
+    _log.info("starting Ray; the server will listen at %s", url)
+    serve_on_ray(plan, cluster, _announcer(plan, url, has_keys, as_json, replicas=cluster.replicas))
 
 
 def _check_pool(plan: Plan) -> bool:
@@ -176,14 +208,13 @@ def _check_pool(plan: Plan) -> bool:
     return has_keys
 
 
-def _announcer(plan: Plan, url: str, has_keys: bool, as_json: bool) -> Callable[[], None]:
+def _announcer(plan: Plan, url: str, has_keys: bool, as_json: bool, **more: int) -> Callable[[], None]:
     """Tells on standard output that the server is ready."""
 
     def announce() -> None:
         if as_json:
-            console.print_json(
-                {"url": url, "pool": plan.pool, "workers": plan.server.workers, "keys": has_keys, "pid": os.getpid()}
-            )
+            told = {"url": url, "pool": plan.pool, "workers": plan.server.workers, "keys": has_keys}
+            console.print_json({**told, **more, "pid": os.getpid()})
         else:
             console.print_plain(f"serving {plan.pool} at {url}")
             if not has_keys:

@@ -59,8 +59,15 @@ class AdapterFolders:
         self._source = source
         self._store = MergedStore(folder, max_bytes, _KEEP_SECONDS)
 
-    def name(self, composition: Composition, max_rank: int, reduce: bool = False, lanes: bool = False) -> str:
-        """The pinned name of a composition of the adapters' current revisions.
+    def name(
+        self,
+        composition: Composition,
+        max_rank: int,
+        reduce: bool = False,
+        lanes: bool = False,
+        digests: Sequence[str] = (),
+    ) -> str:
+        """The pinned name of a composition of adapters in the revisions with these digests, or else the current ones.
 
         Args:
             max_rank: the largest rank that the engine takes.
@@ -76,7 +83,7 @@ class AdapterFolders:
             composition = fitting(composition, [max(each.ranks) for each in adapters], max_rank, reduce)
         elif adapters:
             check_single(composition)
-        return pinned_name(composition, [each.digest for each in adapters])
+        return pinned_name(composition, digests or [each.digest for each in adapters])
 
     def pinned(self, composition: Composition) -> str:
         """The pinned name, whatever its rank.

@@ -110,15 +110,16 @@ class Adapters:
         self._routers = routers or {}
         self.store = HostStore(self._load, host_bytes, on_ready=on_ready)
 
-    def route(self, composition: Composition) -> RowRoute:
-        """The adapters of a composition, in the revisions of this moment.
+    def route(self, composition: Composition, digests: Sequence[str] = ()) -> RowRoute:
+        """The adapters of a composition, in the revisions with these digests, or else those of this moment.
 
         Raises:
             AdapterNotFoundError: one is not in the pool.
             InvalidInputError: the merge or the gate is unknown, an option out of its range, the engine has no router
                 for the gate, or an adapter is none of the router's.
         """
-        refs = tuple(AdapterRef(name, self._source.get(name).digest) for name in composition.adapters)
+        digests = digests or [self._source.get(name).digest for name in composition.adapters]
+        refs = tuple(map(AdapterRef, composition.adapters, digests))
         if composition.gate is not None and composition.merge is None and refs:
             return self._gated(refs, composition, composition.gate)
         if composition.merge is None or not refs:

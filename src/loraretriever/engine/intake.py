@@ -34,7 +34,7 @@ class Intake(PromptReader):
         ids = self.tokenize(request, position)
         check_length(len(ids), sampling.max_tokens, self._longest, position)
         check_sampling(sampling, self._vocabulary)
-        route, now = self._adapters.route(request.composition), time.monotonic()
+        route, now = self._adapters.route(request.composition, request.digests), time.monotonic()
         made: list[Sequence] = []
         for index in range(sampling.n):
             leader = made[0] if made else None

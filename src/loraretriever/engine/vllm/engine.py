@@ -229,8 +229,8 @@ class VllmEngine:
         check_sampling(request.sampling, self._vocabulary)
         model = self._limits.base
         if request.composition.adapters:
-            limits = self._limits
-            model = self._folders.name(request.composition, limits.max_rank, self._reduce, limits.lanes)
+            limits, digests = self._limits, request.digests
+            model = self._folders.name(request.composition, limits.max_rank, self._reduce, limits.lanes, digests)
         sampling = request.sampling
         if sampling.temperature == 0 and sampling.n > 1:
             sampling = replace(sampling, n=1)  # greedy answers are all the same, and vLLM refuses to make several
