@@ -2,13 +2,17 @@
 
 A request loads what its adapters were when it came in. In a pool made by `create` the content of a removed adapter
 stays for a grace period, in a plain folder all that was ever replaced or removed does.
+
+In a shared pool content is in a storage. It is promised to an `add` by a row, as if it had been removed, before it is
+stored; so nobody deletes it before the add commits, and somebody does if it never commits.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,14 +21,17 @@ from sqlalchemy.orm import Session
 
 from loraretriever.errors import AdapterNotFoundError, PoolError
 from loraretriever.pool import plain, records
+from loraretriever.pool.cache import StorageCache
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import discard, locked
 from loraretriever.pool.layout import Layout
 from loraretriever.pool.schema import AdapterRow, RemovedRow
+from loraretriever.pool.storage import NotStoredError, Storage
 from loraretriever.pool.weights import WEIGHTS_FILE, load_weights
 from loraretriever.types import AdapterWeights
 
 GRACE_SECONDS = 3600.0
+_PROMISED = timedelta(hours=6)  # the longest that storing an adapter may take
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -38,6 +45,9 @@ def load_current(layout: Layout, database: Database, name: str) -> AdapterWeight
     with database.read() as session:
         row = records.find_row(session, name)
         session.expunge_all()
+    if layout.storage is not None:
+        with files(layout, row.folder) as folder:
+            return load_weights(folder, name, row.digest)
     folder = layout.root / row.folder
     if row.stamp is not None and plain.changed_weights(row.stamp, folder):
         raise PoolError(f"the files of adapter {name!r} in {folder} have changed. Open the pool again.")
@@ -59,6 +69,53 @@ def load_revision(layout: Layout, database: Database, name: str, digest: str) ->
             "Ask again, for the pool as it is now."
         )
     return found
+
+
+@contextmanager
+def files(layout: Layout, folder: str, fresh: bool = False) -> Iterator[Path]:
+    """A folder with an adapter's files, by the folder of its row; of a storage a copy, made now if `fresh`.
+
+    Raises:
+        PoolError: the storage cannot be read, or does not have them.
+    """
+    if layout.storage is None:
+        yield layout.root / folder
+        return
+    cache = _cache(layout)
+    digest = folder.rpartition("/")[2]
+    with cache.fresh(digest) if fresh else cache.files(digest) as found:
+        yield found
+
+
+def place_of(layout: Layout, folder: str) -> str:
+    """Where an adapter's files are, for messages."""
+    return f"{layout.storage}/{folder}" if layout.storage is not None else str(layout.root / folder)
+
+
+def publish(layout: Layout, database: Database, digest: str, folder: Path) -> bool:
+    """Bring an adapter's files into the storage, before a row names them; returns whether they were not there."""
+    if layout.storage is None:
+        return False
+    storage = Storage(layout.storage)
+    with database.write() as session:
+        is_used = session.scalars(select(AdapterRow.id).where(AdapterRow.digest == digest)).first() is not None
+        promise = {"name": "", "digest": digest, "folder": "", "expires": _now() + _PROMISED}
+        session.execute(insert(RemovedRow), promise)
+    if is_used and storage.holds(digest, folder):
+        return False
+    storage.upload(digest, folder)
+    return True
+
+
+def check_promise(session: Session, digest: str) -> None:
+    """Refuse to name content that may have been deleted since it was stored.
+
+    Raises:
+        PoolError: storing it took too long.
+    """
+    promise = select(RemovedRow.id).where(RemovedRow.digest == digest, RemovedRow.expires > _now())
+    if session.scalars(promise).first() is None:
+        raise PoolError(f"storing {digest} took more than {_PROMISED}. Add the adapter again.")
 
 
 def retire(session: Session, name: str, grace_seconds: float) -> None:
@@ -83,8 +140,12 @@ def expired(session: Session) -> set[str]:
 def sweep(layout: Layout, database: Database) -> None:
     """Delete content that nothing names: of removed adapters after their grace period, of adds that were killed.
 
-    Call it under the lock.
+    Call it under the lock. What cannot be deleted now is deleted by another call.
     """
+    if layout.storage is not None:
+        with suppress(PoolError), database.write() as session:
+            Storage(layout.storage).delete(expired(session))  # before the commit; no `add` can come in between
+        return
     found = os.listdir(layout.content) if layout.content.is_dir() else []
     with database.write() as session:
         expired(session)
@@ -103,14 +164,25 @@ def delete_content(layout: Layout, digests: Iterable[str]) -> None:
             discard(folder, layout.state)
 
 
+def _cache(layout: Layout) -> StorageCache:
+    assert layout.storage is not None
+    return StorageCache(Storage(layout.storage), layout.root, layout.disk_bytes)
+
+
 def _load_stored(layout: Layout, database: Database, name: str, digest: str) -> AdapterWeights | None:
     with database.read() as session:
         row = records.revision_row(session, name, digest)
         removed = select(RemovedRow.folder).where(RemovedRow.name == name, RemovedRow.digest == digest)
         path = row.folder if row is not None else session.scalars(removed).first()
-    if path is None or not (layout.root / path / WEIGHTS_FILE).exists():
+    if path is None or (layout.storage is None and not (layout.root / path / WEIGHTS_FILE).exists()):
         return None
-    return load_weights(layout.root / path, name, digest)
+    try:
+        with files(layout, path) as folder:
+            return load_weights(folder, name, digest)
+    except NotStoredError:
+        if row is not None and row.current:
+            raise
+        return None
 
 
 def _load_plain(layout: Layout, database: Database, name: str, digest: str) -> AdapterWeights | None:

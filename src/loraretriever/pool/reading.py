@@ -142,8 +142,8 @@ class PoolReader:
         row = records.pool_row(session)
         if row is None:
             raise PoolError(
-                f"the pool at {self._layout.root} was never finished. Make it with: "
-                f"loraretriever pool init --pool {self._layout.root}"
+                f"the pool at {self._layout.name} was never finished. Make it with: "
+                f"loraretriever pool init --pool {self._layout.name}"
             )
         return row
 
