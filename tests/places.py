@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from loraretriever.pool import Pool
 from tiny import TINY_BASE, TINY_SPEC
 
@@ -15,24 +17,32 @@ class Place:
     """A place for one pool."""
 
     location: Path | str
-    content: Path  # the folder with the adapters' files
     storage: str | None = None
-
-    @property
-    def is_shared(self) -> bool:
-        return self.storage is not None
 
     def create(self, base_model: str = TINY_BASE, **options: Any) -> Pool:
         return Pool.create(self.location, base_model, storage=self.storage, **{"spec": TINY_SPEC, **options})
 
-    def contents(self) -> set[str]:
-        """The digests of the adapters whose files are there."""
-        return {folder.name for folder in self.content.iterdir()} if self.content.exists() else set()
+
+KINDS = ("sqlite", pytest.param("postgres", marks=pytest.mark.postgres))  # parameters of fixtures
 
 
-def folder_place(folder: Path) -> Place:
-    return Place(folder / "pool", folder / "pool/adapters")
+def make_place(request: pytest.FixtureRequest, folder: Path, kind: str) -> Place:
+    """A place for a pool of a kind; `request` gives the server."""
+    if kind == "sqlite":
+        return Place(folder / "pool")
+    return Place(request.getfixturevalue("postgres").new_database(), f"file://{folder / 'storage'}")
 
 
-def shared_place(url: str, folder: Path) -> Place:
-    return Place(url, folder / "storage/adapters", f"file://{folder / 'storage'}")
+def contents(pool: Pool) -> set[str]:
+    """The digests of the adapters whose files the pool has."""
+    return {folder.name for folder in _content(pool).glob("*")}
+
+
+def stored(pool: Pool, digest: str) -> Path:
+    """The folder where the pool has an adapter's files."""
+    return _content(pool) / digest
+
+
+def _content(pool: Pool) -> Path:
+    storage = pool._layout.storage
+    return (pool._layout.root if storage is None else Path(storage.removeprefix("file://"))) / "adapters"

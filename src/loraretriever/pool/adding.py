@@ -82,7 +82,7 @@ class _Staged:
     )
     given: bool  # the samples are given by the caller, or derived from a description that is
     description: str
-    is_stored: bool  # the files were not in the storage, and are now
+    published: content.Published | None  # to the storage, if the pool has one
     stamp: plain.Stamp  # of the candidate's folder, before it was copied
     in_place: bool  # the candidate is a folder of the pool, a plain one, and stays where it is
 
@@ -99,8 +99,8 @@ def add(
         with locked(layout.state), database.write() as session:
             if layout.plain:
                 plain.put_back_replaced(layout)
-            if layout.storage is not None:
-                content.check_promise(session, staged.admission.digest)
+            if staged.published is not None:
+                content.redeem(session, staged.published)
             row = records.current_row(session, candidate.name)
             before = row.tenant if row else ""
             if row is not None and row.digest == staged.admission.digest:
@@ -144,7 +144,7 @@ def _stage(
         explicit=samples is not None,
         given=candidate.samples is not None or (samples is None and bool(candidate.description)),
         description=candidate.description or (card.paragraphs[0] if card.paragraphs else ""),
-        is_stored=content.publish(layout, database, admission.digest, folder),
+        published=content.publish(layout, database, admission.digest, folder),
         stamp=stamp,
         in_place=layout.plain and candidate.folder == layout.root / candidate.name,
     )
@@ -200,9 +200,9 @@ def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candid
     if samples != old:
         records.replace_samples(session, row, samples)
         change = AddChange.SAMPLES_UPDATED
-    if staged.is_stored:
-        change = AddChange.REPAIRED
-    elif layout.storage is None and not staged.in_place and digest_in(layout.root / row.folder) != row.digest:
+    if staged.published is not None:
+        change = AddChange.REPAIRED if staged.published.is_new else change
+    elif not staged.in_place and digest_in(layout.root / row.folder) != row.digest:
         _place(layout, row, staged, samples)
         change = AddChange.REPAIRED
     elif layout.plain and samples != old:
@@ -228,7 +228,7 @@ def _tenant(candidate: Candidate, before: AdapterRow | None) -> str | None:
 
 def _place(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:
     """Put the staged files where the row says that they are."""
-    if layout.storage is not None:
+    if staged.published is not None:
         return
     target = layout.root / row.folder
     if staged.in_place:

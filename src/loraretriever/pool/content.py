@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import AdapterNotFoundError, PoolError
+from loraretriever.errors import AdapterNotFoundError, PoolAwayError, PoolError
 from loraretriever.pool import plain, records
 from loraretriever.pool.cache import StorageCache
 from loraretriever.pool.database import Database
@@ -33,6 +34,14 @@ from loraretriever.types import AdapterWeights
 GRACE_SECONDS = 3600.0
 _PROMISED = timedelta(hours=6)  # the longest that storing an adapter may take
 _DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Files in a storage that no row names yet. `promise`: the row that keeps them from being deleted."""
+
+    promise: int
+    is_new: bool  # they were not there before
 
 
 def load_current(layout: Layout, database: Database, name: str) -> AdapterWeights:
@@ -92,30 +101,38 @@ def place_of(layout: Layout, folder: str) -> str:
     return f"{layout.storage}/{folder}" if layout.storage is not None else str(layout.root / folder)
 
 
-def publish(layout: Layout, database: Database, digest: str, folder: Path) -> bool:
-    """Bring an adapter's files into the storage, before a row names them; returns whether they were not there."""
+def publish(layout: Layout, database: Database, digest: str, folder: Path) -> Published | None:
+    """Bring an adapter's files into the pool's storage, if it has one, before a row names them."""
     if layout.storage is None:
-        return False
-    storage = Storage(layout.storage)
+        return None
     with database.write() as session:
         is_used = session.scalars(select(AdapterRow.id).where(AdapterRow.digest == digest)).first() is not None
-        promise = {"name": "", "digest": digest, "folder": "", "expires": _now() + _PROMISED}
-        session.execute(insert(RemovedRow), promise)
-    if is_used and storage.holds(digest, folder):
-        return False
-    storage.upload(digest, folder)
-    return True
+        promise = RemovedRow(name="", digest=digest, folder="", expires=_now() + _PROMISED)
+        session.add(promise)
+        session.flush()
+        published = Published(promise.id, is_new=not is_used)
+    if is_used:
+        try:
+            with _cache(layout).fresh(digest):
+                return published
+        except PoolAwayError:
+            raise
+        except PoolError:  # lost or damaged
+            published = replace(published, is_new=True)
+    Storage(layout.storage).upload(digest, folder)
+    return published
 
 
-def check_promise(session: Session, digest: str) -> None:
-    """Refuse to name content that may have been deleted since it was stored.
+def redeem(session: Session, published: Published) -> None:
+    """Take the promise back that nobody deletes the files, in the transaction that makes a row which names them.
 
     Raises:
-        PoolError: storing it took too long.
+        PoolError: storing them took so long that somebody may have.
     """
-    promise = select(RemovedRow.id).where(RemovedRow.digest == digest, RemovedRow.expires > _now())
-    if session.scalars(promise).first() is None:
-        raise PoolError(f"storing {digest} took more than {_PROMISED}. Add the adapter again.")
+    promise = session.get(RemovedRow, published.promise)
+    if promise is None:
+        raise PoolError(f"storing the adapter took more than {_PROMISED}. Add it again.")
+    session.delete(promise)
 
 
 def retire(session: Session, name: str, grace_seconds: float) -> None:

@@ -67,8 +67,8 @@ def test_a_creation_that_was_cut_short_can_be_done_again(tmp_path: Path) -> None
 def test_a_failed_write_changes_nothing(database: Database) -> None:
     database.migrate()
     with pytest.raises(PoolError, match="single_pool"), database.write() as session:
-        session.execute(text("INSERT INTO pool VALUES (1, 'm', 1, NULL, 0, NULL)"))
-        session.execute(text("INSERT INTO pool VALUES (2, 'm', 1, NULL, 0, NULL)"))
+        session.execute(text("INSERT INTO pool VALUES (1, 'm', true, NULL, 0, NULL, NULL)"))
+        session.execute(text("INSERT INTO pool VALUES (2, 'm', true, NULL, 0, NULL, NULL)"))
     with database.read() as session:
         assert session.execute(text("SELECT count(*) FROM pool")).scalar() == 0
     database.close()
