@@ -46,6 +46,12 @@ class PostgresServer:
     def _data(self) -> str:
         return str(self._folder / "data")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it answers."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     def start(self) -> None:
         """Start, and wait until it answers."""
         self._run("pg_ctl", "-D", self._data, "-w", "-s", "-l", str(self._folder / "log"), "start")

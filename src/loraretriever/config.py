@@ -45,7 +45,8 @@ class Settings:
     hits those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the
     logits that become weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`: `int8` on a CPU
     that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on, and
-    `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`.
+    `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`; `disk_mib` is
+    what the cache folder may hold of a shared pool's adapters.
     """
 
     base_model: str | None = None
@@ -71,6 +72,7 @@ class Settings:
     cache_mib: int = Field(default=2048, ge=1)
     prefix_mib: int = Field(default=256, ge=0)
     host_mib: int = Field(default=1024, ge=0)
+    disk_mib: int = Field(default=16384, ge=0)
     queue: int = Field(default=1024, ge=1)
     routers: _Folders = ()
 
@@ -169,7 +171,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     folder = path.absolute().parent
     pool = values.pop("pool", None)
     if pool is not None and not isinstance(pool, str):
-        raise InvalidInputError(f"{path}: pool is {pool!r}; expected the pool's folder.")
+        raise InvalidInputError(f"{path}: pool is {pool!r}; expected the pool's folder, or its URL.")
     if isinstance(server.get("adapter_root"), str):
         server["adapter_root"] = str(folder / Path(server["adapter_root"]).expanduser())
     for name in ("base_model", "encoder"):
@@ -178,7 +180,9 @@ def read_settings_file(path: Path) -> SettingsFile:
     routers = _split_commas(values.get("routers"))
     if isinstance(routers, list) and all(isinstance(router, str) for router in routers):  # else it is refused later
         values["routers"] = [str(folder / Path(router).expanduser()) for router in routers]
-    return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server)
+    if pool and "://" not in pool:
+        pool = str(folder / Path(pool).expanduser())
+    return SettingsFile(path, pool, values, server)
 
 
 def load_settings(file: SettingsFile | None = None, /, **overrides: Any) -> Settings:

@@ -60,6 +60,15 @@ class PoolBase(PoolReader):
         """A folder of this host for what is derived from the pool; a database in a file is there too."""
         return self._layout.state
 
+    def watch(self) -> None:
+        """Follow a shared pool from now on without asking its database at each request.
+
+        `change` is then what came here: of other processes' changes usually within milliseconds, of this pool's own
+        at once. While the database is away, what is known of adapters and keys stays in force. Other pools are read
+        anew each time.
+        """
+        self._database.watch()
+
     def set_encoder(self, name: str | None) -> None:
         """Choose the sentence encoder; of a folder the absolute path is kept.
 

@@ -25,7 +25,7 @@ from loraretriever.pool import plain, records
 from loraretriever.pool.cache import StorageCache
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import discard, locked
-from loraretriever.pool.layout import Layout
+from loraretriever.pool.layout import CONTENT_FOLDER, Layout
 from loraretriever.pool.schema import AdapterRow, RemovedRow
 from loraretriever.pool.storage import NotStoredError, Storage
 from loraretriever.pool.weights import WEIGHTS_FILE, load_weights
@@ -187,10 +187,15 @@ def _cache(layout: Layout) -> StorageCache:
 
 
 def _load_stored(layout: Layout, database: Database, name: str, digest: str) -> AdapterWeights | None:
-    with database.read() as session:
-        row = records.revision_row(session, name, digest)
-        removed = select(RemovedRow.folder).where(RemovedRow.name == name, RemovedRow.digest == digest)
-        path = row.folder if row is not None else session.scalars(removed).first()
+    row = path = None
+    try:
+        with database.read() as session:
+            row = records.revision_row(session, name, digest)
+            removed = select(RemovedRow.folder).where(RemovedRow.name == name, RemovedRow.digest == digest)
+            path = row.folder if row is not None else session.scalars(removed).first()
+    except PoolAwayError:
+        if _DIGEST.fullmatch(digest):  # which the caller read in the database before
+            path = f"{CONTENT_FOLDER}/{digest}"
     if path is None or (layout.storage is None and not (layout.root / path / WEIGHTS_FILE).exists()):
         return None
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,10 +14,12 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import PoolAwayError, PoolError
 from loraretriever.pool.postgres import Postgres
 from loraretriever.pool.sqlite import Sqlite
+from loraretriever.pool.watching import ChangeWatch
 
 DATABASE_FILE = "pool.db"
 HEAD_REVISION = "0004"  # the last one in migrations/versions; known here so that opening need not import Alembic
 CHANGE = "change"  # what a session's `info` holds of the change that it counted
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -51,9 +53,10 @@ class Database:
         Args:
             place: a SQLite file, which is made when it is missing, or the URL of a PostgreSQL database.
         """
+        self._url = place if isinstance(place, URL) else None
         self._backend: Backend = Postgres(place) if isinstance(place, URL) else Sqlite(place)
         self.name = self._backend.name
-        self.on_change: Callable[[int], None] | None = None  # told of each change that was committed here
+        self._watch: ChangeWatch | None = None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -61,13 +64,31 @@ class Database:
         with self._errors(), Session(self._backend.reading) as session:
             yield session
 
-    def read_number(self, query: str) -> int:
-        """One number, without a session, which would take ten times as long: for what is asked at each request."""
+    @property
+    def change(self) -> int:
+        """The number of the last change: as it is in the database, or with `watch` as it came here."""
+        if self._watch is not None:
+            return self._watch.number
+        # Without a session, which would take ten times as long: it is asked at each request.
         with self._errors(), closing(self._backend.reading.raw_connection()) as connection:
             cursor = connection.cursor()
-            cursor.execute(query)
+            cursor.execute("SELECT change FROM pool")
             (number,) = cast("tuple[int]", cursor.fetchone())
             return number
+
+    def watch(self) -> None:
+        """From now on be told of changes, where the database can tell: `change` and `remembered` then ask nobody."""
+        if self._url is not None and self._watch is None:
+            self._watch = ChangeWatch(self._url, self.change)
+
+    def remembered(self, key: Hashable, read: Callable[[Session], T]) -> T:
+        """What is read in a session; with `watch` only once after each change."""
+
+        def load() -> T:
+            with self.read() as session:
+                return read(session)
+
+        return load() if self._watch is None else self._watch.remembered(key, load)
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -76,8 +97,8 @@ class Database:
             with session.begin():
                 yield session
             change = session.info.get(CHANGE)
-        if change is not None and self.on_change is not None:
-            self.on_change(change)
+        if change is not None and self._watch is not None:
+            self._watch.advance(change)
 
     def migrate(self) -> None:
         """Bring the tables to the newest revision, in one transaction. Call it under the pool's lock.
@@ -103,6 +124,9 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self._backend.reading.dispose()
 
     @contextmanager

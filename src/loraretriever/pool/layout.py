@@ -99,8 +99,8 @@ def created_layout(location: str | Path, storage: str | None = None) -> Layout:
     if is_url(location):
         if storage is None:
             raise InvalidInputError(
-                f"the pool {shown(location)} has no storage; expected the URL of a place for its adapters' files that "
-                "all hosts can read, such as s3://BUCKET/PREFIX. Give one with: --storage"
+                f"the pool {shown_location(location)} has no storage; expected the URL of a place for its adapters' "
+                "files that all hosts can read, such as s3://BUCKET/PREFIX. Give one with: --storage"
             )
         return replace(_shared_layout(location), storage=check_url(storage))
     if storage is not None:
@@ -151,7 +151,7 @@ def is_url(location: str | Path) -> bool:
     return "://" in str(location)
 
 
-def shown(location: str | Path) -> str:
+def shown_location(location: str | Path) -> str:
     """A pool's place for messages: of a URL no password."""
     return shown_url(parse_url(str(location))) if is_url(location) else str(location)
 

@@ -88,7 +88,16 @@ def shown_url(url: URL) -> str:
     return shown.render_as_string(hide_password=False)
 
 
-def connect_arguments(url: URL) -> dict[str, Any]:
+def connect(url: URL) -> Any:
+    """A connection of psycopg that is in no transaction: its commands take effect at once."""
+    import psycopg
+
+    # Not from the text of the URL, which an error could show.
+    named = url.translate_connect_args(username="user", database="dbname")
+    return psycopg.connect(**{**_connect_arguments(url), **url.query, **named}, autocommit=True)
+
+
+def _connect_arguments(url: URL) -> dict[str, Any]:
     """How psycopg connects; options in the URL go before ours."""
     return {name: value for name, value in _CONNECT.items() if name not in url.query}
 
@@ -96,7 +105,7 @@ def connect_arguments(url: URL) -> dict[str, Any]:
 def _engine(url: URL) -> Engine:
     engine = create_engine(
         url,
-        connect_args=connect_arguments(url),
+        connect_args=_connect_arguments(url),
         pool_pre_ping=True,  # the server may have been restarted since the last use
         pool_size=5,
         max_overflow=_CONNECTIONS - 5,

@@ -21,7 +21,7 @@ from loraretriever.pool.layout import (
     check_owner,
     created_layout,
     find_layout,
-    shown,
+    shown_location,
 )
 from loraretriever.pool.names import check_name, own_name
 from loraretriever.pool.prompts import PromptMethods
@@ -68,7 +68,7 @@ class Pool(PromptMethods):
             PoolError: there is a pool already, or the folder, the database or the storage cannot be written.
         """
         base_model = absolute_model(base_model, "base model")
-        with file_errors(f"make a pool at {shown(location)}"):
+        with file_errors(f"make a pool at {shown_location(location)}"):
             layout = created_layout(location, storage)
             layout.prepare()
             if layout.storage is not None:
@@ -94,7 +94,7 @@ class Pool(PromptMethods):
         Raises:
             PoolError: there is no pool at that place, or its database cannot be used.
         """
-        with file_errors(f"open the pool at {shown(location)}"):
+        with file_errors(f"open the pool at {shown_location(location)}"):
             layout = replace(find_layout(location), disk_bytes=disk_bytes)
             layout.prepare()
             with _closed_on_error(Database(layout.database)) as database:
