@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks demo examples web
 
-.PHONY: demo test setup check format bench train-demo train-large clean
+.PHONY: demo test test-postgres setup check format bench train-demo train-large clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
@@ -15,6 +15,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	tests/browser/install-chromium
 	$(BIN)/python -m pytest
+
+# Part of `make test` too. The tests start PostgreSQL by themselves, from a package of the group `test`.
+test-postgres: $(VENV)/.test
+	$(BIN)/python -m pytest -m postgres
 
 setup: $(VENV)/.dev
 	$(BIN)/pre-commit install

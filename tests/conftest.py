@@ -1,4 +1,4 @@
-"""Settings for all tests, and PostgreSQL for those that need it."""
+"""Settings for all tests; PostgreSQL and S3 for those that need them."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 
 from places import KINDS, Place, make_place
 from postgres_server import PostgresServer
+from s3_server import ENVIRONMENT, S3Server
 
 # Before any library of Hugging Face is imported: tests read standard error, and need no network.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -22,6 +23,25 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 server that the tests share."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server for one test, which may let it fail; the environment names it."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    s3_server.reset()
+    yield s3_server
+    s3_server.reset()
 
 
 @pytest.fixture(params=KINDS)

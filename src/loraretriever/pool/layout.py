@@ -158,7 +158,9 @@ def shown_location(location: str | Path) -> str:
 
 def _shared_layout(location: str | Path) -> Layout:
     url = parse_url(str(location))
-    folder = cache_folder() / "pools" / hashlib.sha256(shown_url(url).encode()).hexdigest()[:32]
+    options = {name: value for name, value in url.query.items() if "password" not in name}
+    identity = f"{shown_url(url)} {sorted(options.items())}"
+    folder = cache_folder() / "pools" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     return Layout(folder, folder, plain=False, url=url)
 
 

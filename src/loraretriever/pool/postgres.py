@@ -84,7 +84,7 @@ def parse_url(text: str) -> URL:
 
 def shown_url(url: URL) -> str:
     """A database's URL without password and options, for messages."""
-    shown = url.set(drivername="postgresql", password=None, query={})
+    shown = URL.create("postgresql", username=url.username, host=url.host, port=url.port, database=url.database)
     return shown.render_as_string(hide_password=False)
 
 

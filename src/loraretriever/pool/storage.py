@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from loraretriever.errors import InvalidInputError, PoolAwayError, PoolError, require_extra
+from loraretriever.errors import InvalidInputError, MissingExtraError, PoolAwayError, PoolError, require_extra
 from loraretriever.pool.peft_config import CONFIG_FILE
 from loraretriever.pool.weights import CARD_FILE, WEIGHTS_FILE, digest_in
 
 FOLDER = "adapters"
 _FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE)
-PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between tries, up to twice as long; the file system may try again by itself too
+PAUSES = (0.2, 0.5, 1.0)  # seconds between tries, up to twice as long; the file system may try again by itself too
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXTRAS = {"s3": "storage-s3", "s3a": "storage-s3"}
 _FINAL = (PermissionError, NotImplementedError)  # which another try does not change
 _LOCAL = ("file", "local")
+_S3 = ("s3", "s3a")
 T = TypeVar("T")
 
 
@@ -53,17 +53,23 @@ def check_url(url: str) -> str:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    scheme = urlsplit(url).scheme
     with require_extra("storage"):
         import fsspec
-    with require_extra(_EXTRAS.get(scheme, "storage")):
-        try:
-            options = {"auto_mkdir": True} if scheme in _LOCAL else {}
-            fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
-        except ValueError as error:
-            raise InvalidInputError(
-                f"the storage {url!r:.300} cannot be used: {error}. Expected a URL such as s3://BUCKET/PREFIX."
-            ) from error
+    scheme = urlsplit(url).scheme
+    options = {"auto_mkdir": True} if scheme in _LOCAL else {}
+    try:
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"the storage {url!r:.300} cannot be used: {error}. Expected a URL such as s3://BUCKET/PREFIX."
+        ) from error
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name
+        known = "'loraretriever[storage-s3]'" if scheme in _S3 else package
+        raise MissingExtraError(
+            f"the storage {url!r:.300} needs the package {package!r}, which is not installed; install it with: "
+            f"pip install {known}"
+        ) from error
     return fs, str(path)
 
 

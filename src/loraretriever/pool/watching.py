@@ -12,10 +12,11 @@ import socket
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import URL
 
+from loraretriever.errors import PoolAwayError
 from loraretriever.pool.postgres import CHANNEL, connect
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class ChangeWatch:
-    """The number of the pool's last change, as a thread hears of it, and what was read since then."""
+    """The number of the pool's last change, as a thread hears of it, and what was read of the pool."""
 
     def __init__(self, url: URL, number: int) -> None:
         """Start the thread.
@@ -39,7 +40,7 @@ class ChangeWatch:
         self._lock = threading.Lock()
         self._number = number
         self._own = 0  # changes that were made here
-        self._values: dict[Hashable, Any] = {}  # read since the last change
+        self._values: dict[Hashable, tuple[int, Any]] = {}  # by key: the change that was known, and what was read then
         self._waker, self._wakened = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="loraretriever-changes", daemon=True)
         self._thread.start()
@@ -53,19 +54,28 @@ class ChangeWatch:
         """A change was committed here."""
         with self._lock:
             self._own += 1
-            self._set(max(number, self._number))
+            self._number = max(number, self._number)
 
     def remembered(self, key: Hashable, read: Callable[[], T]) -> T:
-        """What was read under this key since the last change, or else is read now."""
+        """What was read under this key since the last change, or else is read now; what was known, where it cannot be.
+
+        Raises:
+            PoolAwayError: it cannot be read, and never was.
+        """
+        number = self._number
+        known = self._values.get(key)
+        if known is not None and known[0] == number:
+            return cast(T, known[1])
+        try:
+            value = read()
+        except PoolAwayError:
+            if known is None:
+                raise
+            return cast(T, known[1])
         with self._lock:
-            number = self._number
-            if key in self._values:
-                found: T = self._values[key]
-                return found
-        value = read()
-        with self._lock:
-            if number == self._number and len(self._values) < _MAX_REMEMBERED:  # else it may be of the time before
-                self._values[key] = value
+            if len(self._values) >= _MAX_REMEMBERED:
+                self._values.clear()
+            self._values[key] = number, value  # if a change came meanwhile, it is read again
         return value
 
     def close(self) -> None:
@@ -73,11 +83,6 @@ class ChangeWatch:
         self._waker.close()
         self._thread.join()
         self._wakened.close()
-
-    def _set(self, number: int) -> None:
-        if number != self._number:
-            self._number = number
-            self._values.clear()
 
     def _run(self) -> None:
         import psycopg
@@ -108,7 +113,7 @@ class ChangeWatch:
         with self._lock:
             # A smaller number was read before a change that was made here, or the database was restored from a copy.
             if row[0] > self._number or own == self._own:
-                self._set(row[0])
+                self._number = row[0]
 
     def _wait(self, seconds: float, *others: Any) -> bool:
         """Wait for a notification, or so long; returns whether it is the end."""

@@ -5,43 +5,33 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import s3fs
+from fsspec.registry import _registry as registered
 
 from loraretriever.errors import InvalidInputError, MissingExtraError, PoolAwayError, PoolError
 from loraretriever.pool import cache, storage
 from loraretriever.pool.cache import StorageCache
 from loraretriever.pool.storage import NotStoredError, Storage
 from loraretriever.pool.weights import digest_in
-from s3_server import BUCKET, ENVIRONMENT, S3Server
+from s3_server import BUCKET, S3Server
 from tiny import write_peft_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """A server for this test."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tries, soon after each other."""
     monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
-    server.reset()
-    yield server
-    server.reset()
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
 
 
 @pytest.fixture
@@ -215,7 +205,6 @@ def test_an_upload_that_fails(s3: S3Server, s3_storage: Storage, tmp_path: Path)
     s3.fault = lambda method, path: "500" if method == "PUT" and path.endswith(WEIGHTS) else None
     with pytest.raises(PoolAwayError, match=f"the storage s3://{BUCKET}/.*Try again"):
         s3_storage.upload(digest, folder)
-    s3.fault = lambda method, path: "swallowed" if method == "PUT" else None
     s3.reset()
     s3_storage.upload(digest, folder)
     assert s3_storage.holds(digest, folder)
@@ -280,8 +269,17 @@ def test_bad_urls(url: str, error: type[Exception], message: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry.target if hasattr(fsspec.registry, "target") else {}, "s3", raising=False)
-    with pytest.raises(MissingExtraError, match=r"loraretriever\[storage-s3\]"):
-        storage.check_url("s3://bucket/prefix")
+@pytest.mark.parametrize(
+    ("url", "package", "remedy"),
+    [
+        ("s3://bucket/prefix", "s3fs", r"pip install 'loraretriever\[storage-s3\]'"),
+        ("gs://bucket/prefix", "gcsfs", "pip install gcsfs"),
+    ],
+)
+def test_a_file_system_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, url: str, package: str, remedy: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(registered, url.partition(":")[0], raising=False)
+    with pytest.raises(MissingExtraError, match=f"needs the package '{package}'.*{remedy}"):
+        storage.check_url(url)
