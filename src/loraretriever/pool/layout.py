@@ -158,8 +158,7 @@ def shown_location(location: str | Path) -> str:
 
 def _shared_layout(location: str | Path) -> Layout:
     url = parse_url(str(location))
-    options = {name: value for name, value in url.query.items() if "password" not in name}
-    identity = f"{shown_url(url)} {sorted(options.items())}"
+    identity = f"{shown_url(url)} {sorted(url.query.items())}"
     folder = cache_folder() / "pools" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     return Layout(folder, folder, plain=False, url=url)
 

@@ -79,6 +79,8 @@ def parse_url(text: str) -> URL:
         raise InvalidInputError(
             "the pool's URL cannot be used; expected postgresql://USER@HOST/DATABASE, or the path of a folder."
         )
+    if isinstance(password := url.query.get("password"), str):  # in its place it is hidden
+        url = url.difference_update_query(["password"]).set(password=password)
     return url.set(drivername="postgresql+psycopg")
 
 
