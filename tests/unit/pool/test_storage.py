@@ -30,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tries, soon after each other."""
-    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(storage, "PAUSES", (0.01,))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
 
 
