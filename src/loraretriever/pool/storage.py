@@ -153,7 +153,7 @@ class Storage:
         """
         for digest in digests:
             try:
-                self._tried(partial(self._fs.rm, self._folder(digest), recursive=True), PAUSES[:1])
+                self._tried(partial(self._fs.rm, self._folder(digest), recursive=True), ())
             except FileNotFoundError:
                 continue
             except OSError as error:
