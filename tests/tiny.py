@@ -14,32 +14,37 @@ from loraretriever.types import BaseModelSpec
 
 TINY_BASE = "tiny/llama"
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 2, 32, 64, 4, 2, 128
-_KV = HIDDEN * KV_HEADS // HEADS
-_SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (_KV, HIDDEN),
-    "self_attn.v_proj": (_KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-TINY_SPEC = BaseModelSpec(
-    TINY_BASE,
-    {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in _SHAPES.items()}
-    | {"lm_head": (VOCABULARY, HIDDEN)},
-)
+WIDE = 128  # features of a model whose heads have 32, the fewest that vLLM's CPU build takes
 
 
-def tiny_llama(seed: int = 0, max_length: int = 512) -> Any:
-    """A random two-layer Llama in float32, in eval mode; its linear modules are those of TINY_SPEC."""
+def tiny_spec(hidden: int) -> BaseModelSpec:
+    """The linear modules of the tiny model with so many features."""
+    kv = hidden * KV_HEADS // HEADS
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (INNER, hidden),
+        "mlp.up_proj": (INNER, hidden),
+        "mlp.down_proj": (hidden, INNER),
+    }
+    layers = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in shapes.items()}
+    return BaseModelSpec(TINY_BASE, layers | {"lm_head": (VOCABULARY, hidden)})
+
+
+TINY_SPEC = tiny_spec(HIDDEN)
+
+
+def tiny_llama(seed: int = 0, max_length: int = 512, hidden: int = HIDDEN) -> Any:
+    """A random two-layer Llama in float32, in eval mode; its linear modules are those of `tiny_spec(hidden)`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         intermediate_size=INNER,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -58,11 +63,12 @@ def lora_tensors(
     ranks: Mapping[str, int] | None = None,
     seed: int = 0,
     dtype: str = "float32",
+    spec: BaseModelSpec = TINY_SPEC,
 ) -> dict[str, np.ndarray]:
     """Random factors, named as in a PEFT file. `ranks` gives modules (by path) other ranks."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for module, (out, inner) in TINY_SPEC.linear.items():
+    for module, (out, inner) in spec.linear.items():
         if module.rpartition(".")[2] in targets:
             r = (ranks or {}).get(module, rank)
             for factor, shape in (("A", (r, inner)), ("B", (out, r))):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loraretriever.retrieve.encoder import Vectors
-from tiny import VOCABULARY, tiny_llama
+from tiny import HIDDEN, VOCABULARY, tiny_llama
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}={% endif %}"
 
@@ -38,9 +38,9 @@ def tiny_tokenizer(chat: bool = True, padding_side: str = "left") -> Any:
     )
 
 
-def write_base_model(folder: Path) -> Path:
+def write_base_model(folder: Path, hidden: int = HIDDEN) -> Path:
     """The tiny Llama and its tokenizer as a folder that transformers can load."""
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(hidden=hidden).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

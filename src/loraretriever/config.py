@@ -1,6 +1,6 @@
 """Settings: from arguments, the environment and a TOML file, in this order.
 
-The environment is read here; only the command line's `--pool` and `--config` name their own variables.
+The environment is read here; only the command line's `--pool` and `--config` name their own variables, too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _is_server(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError("expected the address of a vLLM server, such as http://127.0.0.1:8001")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+_Servers = Annotated[tuple[Annotated[str, AfterValidator(_is_server)], ...], BeforeValidator(_split_commas)]
 _Folders = Annotated[tuple[Path, ...], BeforeValidator(_split_commas)]
 
 
@@ -44,9 +52,19 @@ class Settings:
     the k hits answer there too, all with the same weight: for pools where every prompt is close to some task. Of the k
     hits those are used that together have the share `coverage` of the weight. `weighting_temperature` divides the
     logits that become weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`: `int8` on a CPU
-    that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` on, and
-    `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`; `disk_mib` is
-    what the cache folder may hold of a shared pool's adapters.
+    that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` to
+    `queue`, and `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`.
+    Of a shared pool's adapters, the cache folder may hold `disk_mib`.
+
+    With `engine` "vllm", vLLM answers: the servers at `vllm_urls` (with commas between them; `vllm_key` is their API
+    key), or without any vLLM in this process, with `slots` adapters of rank `vllm_rank` at most. A server that sends
+    nothing for `vllm_timeout` seconds is asked whether it lives. Weights are rounded to multiples of `weight_step` (0:
+    not at all), so that compositions come again; None: 0.05 where vLLM needs an adapter made for each composition, else
+    0. With `vllm_reduce` a mixture of too large a rank is reduced to the largest. Composed adapters take
+    `vllm_cache_mib` on the disk.
+
+    vLLM's plug-in reads the last four settings: with `vllm_lanes` vLLM composes adapters in its batch, and none are
+    made, for `vllm_slots` adapters at once (0: vLLM's --max-loras); `vllm_names` names are known at a time.
     """
 
     base_model: str | None = None
@@ -75,6 +93,17 @@ class Settings:
     disk_mib: int = Field(default=16384, ge=0)
     queue: int = Field(default=1024, ge=1)
     routers: _Folders = ()
+    engine: Literal["local", "vllm"] = "local"
+    weight_step: float | None = Field(default=None, ge=0, le=0.5)
+    vllm_urls: _Servers = ()
+    vllm_key: str | None = Field(default=None, repr=False)
+    vllm_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    vllm_rank: int = Field(default=64, ge=1)
+    vllm_reduce: bool = False
+    vllm_cache_mib: int = Field(default=4096, ge=0)
+    vllm_lanes: bool = False
+    vllm_slots: int = Field(default=0, ge=0)
+    vllm_names: int = Field(default=1000, ge=1)
 
 
 def _is_origin(text: str) -> str:
@@ -249,6 +278,11 @@ def _check_environment() -> None:
                 f"the environment has {name}={os.environ[name]!r}, which is no setting; expected one of "
                 f"{', '.join(sorted(known))}. Unset it."
             )
+
+
+def pool_location() -> str | None:
+    """The pool that the environment names, for programs that are not ours and load a part of us."""
+    return os.environ.get(ENVIRONMENT_PREFIX + "POOL") or None
 
 
 def cache_folder() -> Path:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loraretriever.evaluate.retrieval import RetrievalReport
     from loraretriever.evaluate.robustness import Robustness
     from loraretriever.evaluate.server_report import ServerReport
+    from loraretriever.evaluate.vllm_bench import VllmReport
     from loraretriever.pipeline import Submission
     from loraretriever.pool import Key
     from loraretriever.retrieve.explain import Explanation, HitExplanation
@@ -315,6 +316,30 @@ def print_server(report: ServerReport) -> None:
         "the same"
     )
     _print_set_up(report)
+
+
+def print_vllm(report: VllmReport) -> None:
+    """What the gateway adds to vLLM's time, and the throughput with new compositions."""
+    told, cost = report.server, report.overhead
+    how = "lanes" if told["lanes"] else "an adapter for each composition"
+    print_plain(f"vLLM with {told['slots']} slots of rank {told['max_rank']}, {how}")
+    print_plain(
+        f"a request of one token: {cost.gateway:.1f} ms by the gateway, {cost.direct:.1f} straight to vLLM; "
+        f"{cost.difference:.1f} more (median of the pairs), of which {cost.retrieval:.1f} to retrieve"
+    )
+    out.print()
+    rows = [
+        (f"{each.share:.0%}", f"{each.requests_per_second:.2f}", f"{each.compositions_per_second:.2f}")
+        for each in report.throughput
+    ]
+    print_rows(("new compositions", "req/s", "new/s"), rows)
+    half = "more than were asked for" if report.half_at is None else f"{report.half_at:.2f} a second"
+    print_plain(f"new compositions until the throughput is half: {half}")
+    here, options = report.environment, report.options
+    print_note(
+        f"{options.concurrency} requests at a time, {options.max_tokens} tokens each, mixtures of {options.k}; "
+        f"{here.cpu}, {report.seconds:.0f} s"
+    )
 
 
 def _three(percentiles: Percentiles | None, scale: float) -> list[str]:

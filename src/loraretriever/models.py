@@ -78,6 +78,13 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def end_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: those of a model's generation settings and of its tokenizer."""
+    configured = generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
 @cache
 def base_model_spec(name: str) -> BaseModelSpec:
     """The linear modules of a base model, from its configuration alone: no weights are read.

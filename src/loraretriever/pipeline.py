@@ -13,10 +13,10 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
 
-from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, is_gate, weigh
+from loraretriever.compose import PROBING, compose_explicit, cover, get_strategy, is_gate, round_weights, weigh
 from loraretriever.config import DEFAULT_ENCODER, Settings, cache_folder, load_settings
 from loraretriever.engine import Answers, Engine
-from loraretriever.errors import AdapterNotFoundError, InvalidInputError
+from loraretriever.errors import AdapterNotFoundError, InvalidInputError, require_extra
 from loraretriever.pool import Pool
 from loraretriever.retrieve import Explanation, PoolMap, Reader, Retriever, Views
 from loraretriever.retrieve.encoder import Vectors
@@ -35,6 +35,7 @@ from loraretriever.types import (
 )
 
 _MERGED_BYTES = 1 << 30  # of merged adapters on disk
+_VLLM_STEP = 0.05
 _ATTEMPTS = 4  # to submit a prompt whose adapters are removed meanwhile
 
 
@@ -92,7 +93,7 @@ class LoraRetriever:
         checked = load_settings(**settings)
         opened = Pool.open(pool, disk_bytes=checked.disk_mib << 20)
         opened.watch()
-        return cls(opened, checked, _load_retriever, _load_local_engine)
+        return cls(opened, checked, _load_retriever, load_engine)
 
     @property
     def retriever(self) -> Retriever:
@@ -223,7 +224,17 @@ class LoraRetriever:
             is_probed = weighting not in PROBING or route.hits[0].effect is not None
             hits = route.hits if is_probed else self._probe([route])[0].hits
             weights = weigh(hits, weighting, self.settings.weighting_temperature)
-            return chosen(*(hits, weights) if is_gated else cover(hits, weights, self.settings.coverage))
+            if is_gated:
+                return chosen(hits, weights)
+            return chosen(*round_weights(*cover(hits, weights, self.settings.coverage), self._weight_step))
+
+    @property
+    def _weight_step(self) -> float:
+        """What weights are multiples of, so that an engine that makes an adapter of a composition can use it again."""
+        settings = self.settings
+        if settings.weight_step is not None:
+            return settings.weight_step
+        return _VLLM_STEP if settings.engine == "vllm" and not settings.vllm_lanes else 0.0
 
     def _probe(self, routes: Sequence[Route]) -> list[Route]:
         """The routes with the effects of their hits on their prompts, for weightings that need them."""
@@ -390,7 +401,13 @@ def _load_retriever(pool: Reader, settings: Settings) -> Retriever:
     return load_retriever(pool, settings)
 
 
-def _load_local_engine(pool: Pool, settings: Settings) -> Engine:
+def load_engine(pool: Pool, settings: Settings) -> Engine:
+    """The engine of these settings, over a pool's adapters."""
+    if settings.engine == "vllm":
+        with require_extra("vllm"):
+            from loraretriever.engine.vllm.loading import load_vllm_engine
+
+            return load_vllm_engine(pool, settings)
     from loraretriever.compose.merged import MergedStore
     from loraretriever.engine.loading import load_local_engine
 

@@ -20,6 +20,7 @@ ORDER = (
     {"engine"},
     {"pipeline"},
     {"server"},
+    {"cluster"},
     {"train", "evaluate"},
     {"console"},
     {"cli"},

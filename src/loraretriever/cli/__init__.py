@@ -22,6 +22,7 @@ from loraretriever.cli.options import (
     DeviceOption,
     DtypeOption,
     EncoderOption,
+    EngineOption,
     ExcludeOption,
     InputOption,
     JsonOption,
@@ -34,6 +35,7 @@ from loraretriever.cli.options import (
     TagOption,
     TenantOption,
     ThresholdOption,
+    VllmUrlOption,
     WeightingOption,
 )
 from loraretriever.cli.pool import pool_app
@@ -174,6 +176,8 @@ def generate(
     dtype: DtypeOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts in one batch at most.", show_default="32")] = None,
     slots: Annotated[int | None, typer.Option(help="Adapters in memory at once.", show_default="32")] = None,
+    engine: EngineOption = None,
+    vllm_url: VllmUrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, each by the adapters that fit it, in mixed batches."""
@@ -197,7 +201,7 @@ def generate(
     named = None if adapters is None else parse_weights(adapters)
     settings = {
         "retriever": retriever, "encoder": encoder, "base_model": base_model, "device": device, "dtype": dtype,
-        "batch_size": batch_size, "slots": slots,
+        "batch_size": batch_size, "slots": slots, "engine": engine, "vllm_urls": vllm_url or None,
     }  # fmt: skip
     answers: dict[tuple[int, int], dict[str, Any]] = {}
     completions: dict[tuple[int, int], Completion] = {}

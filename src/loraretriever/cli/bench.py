@@ -148,10 +148,17 @@ def bench_server(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    vllm_url: Annotated[
+        str | None,
+        typer.Option(help="Measure before this vLLM server instead: what the gateway adds, what compositions cost."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what the server costs: requests through it and locust, and by the engine alone, taking turns."""
+    if vllm_url is not None:
+        _bench_vllm(vllm_url, pool, seed, quick, output, as_json)
+        return
     from loraretriever.evaluate import server_bench
     from loraretriever.evaluate.demo import demo_folder
 
@@ -175,6 +182,24 @@ def bench_server(
         console.print_json(report)
     else:
         console.print_server(report)
+
+
+def _bench_vllm(url: str, pool: str | None, seed: int, quick: bool, output: Path | None, as_json: bool) -> None:
+    from loraretriever.evaluate import vllm_bench
+    from loraretriever.evaluate.demo import demo_folder
+
+    sizes = {"pairs": 20, "requests": 32} if quick else {}
+    options = vllm_bench.Options(pool or demo_folder() / "pool", url.rstrip("/").removesuffix("/v1"), seed, **sizes)
+    if output is not None:
+        _check_writable(output)
+    with console.progress("measuring", vllm_bench.count_steps(options), enabled=not as_json) as advance:
+        report = vllm_bench.bench_vllm(options, advance)
+    if output is not None:
+        output.write_text(console.to_json(report) + "\n", encoding="utf-8")
+    if as_json:
+        console.print_json(report)
+    else:
+        console.print_vllm(report)
 
 
 def _check_writable(file: Path) -> None:

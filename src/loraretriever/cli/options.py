@@ -55,3 +55,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="Torch device.", show_def
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).", show_default="auto")
 ]
+EngineOption = Annotated[str | None, typer.Option(help="local, or vllm.", show_default="local")]
+VllmUrlOption = Annotated[
+    list[str] | None,
+    typer.Option(help="vLLM server with our plug-in (repeatable).", show_default="vLLM in this process"),
+]

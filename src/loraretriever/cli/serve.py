@@ -17,11 +17,13 @@ from loraretriever.cli.options import (
     DeviceOption,
     DtypeOption,
     EncoderOption,
+    EngineOption,
     JsonOption,
     KOption,
     RetrieverOption,
     StrategyOption,
     ThresholdOption,
+    VllmUrlOption,
     WeightingOption,
 )
 from loraretriever.config import load_server_settings, load_settings, read_settings_file
@@ -54,6 +56,8 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(help="Processes, each with models of its own.", show_default="1")
     ] = None,
+    engine: EngineOption = None,
+    vllm_url: VllmUrlOption = None,
     base_model: BaseModelOption = None,
     encoder: EncoderOption = None,
     retriever: RetrieverOption = None,
@@ -106,7 +110,7 @@ def serve(
     settings = load_settings(
         file, base_model=base_model, encoder=encoder, retriever=retriever, device=device, dtype=dtype, k=k,
         threshold=threshold, strategy=strategy, weighting=weighting, slots=slots, batch_size=batch_size, queue=queue,
-        cache_mib=cache_mib,
+        cache_mib=cache_mib, engine=engine, vllm_urls=vllm_url or None,
     )  # fmt: skip
     server = load_server_settings(
         file, host=host, port=port, workers=workers, adapter_root=adapter_root, allow_hub=allow_hub,

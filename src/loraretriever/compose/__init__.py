@@ -2,7 +2,7 @@
 
 from loraretriever.compose.canonical import format_composition, parse_composition
 from loraretriever.compose.strategies import Strategy, compose_explicit, get_strategy, is_gate, strategy_names
-from loraretriever.compose.weighting import PROBING, cover, weigh
+from loraretriever.compose.weighting import PROBING, cover, round_weights, weigh
 
 __all__ = [
     "PROBING",
@@ -13,6 +13,7 @@ __all__ = [
     "get_strategy",
     "is_gate",
     "parse_composition",
+    "round_weights",
     "strategy_names",
     "weigh",
 ]

@@ -26,16 +26,16 @@ _CALL = re.compile(r"\s*([^\s(),;=]+)\s*\(([^();]*)(?:;([^();]*))?\)\s*")
 _WORD = re.compile(r"[^\s(),;=]+")
 
 
-def format_composition(composition: Composition, digits: int = 4) -> str:
+def format_composition(composition: Composition, digits: int | None = 4) -> str:
     """The text of a composition; `parse_composition` reads it, up to the rounding of the weights.
 
     Args:
         composition: its adapters' names are written as they are.
-        digits: significant digits of a weight, without zeros at the end; 17 keep every weight exactly.
+        digits: significant digits of a weight, without zeros at the end; None: as many as tell it from all others.
     """
     if not composition.adapters:
         return BASE
-    weights = [f"{weight:.{digits}g}" for weight in composition.weights]
+    weights = [_shortest(weight) if digits is None else f"{weight:.{digits}g}" for weight in composition.weights]
     options = composition_options(composition)
     first = composition.adapters[0]
     if len(weights) == 1 and weights[0] == "1" and not options and first != BASE:
@@ -63,6 +63,10 @@ def parse_composition(text: str) -> tuple[str | None, dict[str, float]]:
     strategy, inside, options = call.groups()
     strategy = f"{strategy};{''.join(options.split())}" if options is not None else strategy
     return strategy, _weights(text, inside.split(","))
+
+
+def _shortest(weight: float) -> str:
+    return repr(float(weight)).removesuffix(".0")
 
 
 def _weights(text: str, parts: list[str]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from loraretriever.compose.merge import VERSION, check_merge
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
 from loraretriever.pool.cache import make_room, size_of
-from loraretriever.pool.files import discard, locked, rename, staging_folder
+from loraretriever.pool.files import discard, file_errors, locked, rename, staging_folder
 from loraretriever.pool.peft_config import CONFIG_FILE, read_config
 from loraretriever.pool.weights import WEIGHTS_FILE, digest_of, load_weights
 from loraretriever.types import AdapterWeights, Composition, LoraPair, Merge
@@ -57,12 +57,13 @@ class MergedStore:
     written is not kept: neither is an error.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, keep_seconds: float = 0.0) -> None:
         """Use a folder, made when something is first written to it.
 
         Args:
             folder: of this store's own.
             max_bytes: of all adapters together. The newest stays even if it alone is larger.
+            keep_seconds: how long what was used stays in any case, for those who read the files themselves.
 
         Raises:
             InvalidInputError: `max_bytes` is negative.
@@ -71,6 +72,7 @@ class MergedStore:
             raise InvalidInputError(f"the store's max_bytes is {max_bytes}; expected 0 (keep the newest) or more.")
         self._folder = folder
         self._max_bytes = max_bytes
+        self._keep_seconds = keep_seconds
         # Threads that want the same adapter wait for the first of them; others may, if their digests share a lock.
         self._locks = tuple(threading.Lock() for _ in range(_THREAD_LOCKS))
 
@@ -92,6 +94,30 @@ class MergedStore:
                 with suppress(OSError, SafetensorError):
                     self._write(found)
             return found
+
+    def place(self, digest: str, make: Callable[[], AdapterWeights]) -> Path:
+        """The folder of the merged adapter of that digest, intact: found there, or else made and written.
+
+        Raises:
+            PoolError: it cannot be written. What `make` raises is raised.
+        """
+        with self._locks[int(digest[:8], 16) % _THREAD_LOCKS]:
+            if self._read(digest, digest) is None:
+                made = replace(make(), name=digest, digest=digest)
+                with file_errors(f"keep a composed adapter in {self._folder}"):
+                    try:
+                        self._write(made)
+                    except SafetensorError as error:  # how its writer tells that the disk is full
+                        raise OSError(str(error)) from error
+            return self._folder / digest
+
+    def touch(self, digest: str) -> bool:
+        """Note that an adapter is used now; whether it is there. Its files are not looked at."""
+        try:
+            os.utime(self._folder / digest)
+        except OSError:
+            return False
+        return True
 
     def _read(self, digest: str, name: str) -> AdapterWeights | None:
         entry = self._folder / digest
@@ -119,7 +145,7 @@ class MergedStore:
                     return
                 if os.path.lexists(entry):
                     discard(entry, self._folder)
-                make_room(self._folder, self._folder, self._max_bytes - size_of(staged))
+                make_room(self._folder, self._folder, self._max_bytes - size_of(staged), self._keep_seconds)
                 rename(staged, entry)
 
 

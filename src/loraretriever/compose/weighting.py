@@ -87,3 +87,24 @@ def cover(hits: Sequence[Hit], weights: Sequence[float], coverage: float) -> tup
         total += weights[order[kept]]
         kept += 1
     return tuple(hits[i] for i in order[:kept]), tuple(weights[i] / total for i in order[:kept])
+
+
+def round_weights(
+    hits: Sequence[Hit], weights: Sequence[float], step: float
+) -> tuple[tuple[Hit, ...], tuple[float, ...]]:
+    """Weights that are multiples of a step, of the same sum up to one; hits that are left without weight are left out.
+
+    The largest remainders are rounded up, and the heaviest hit stays. Equal weights come again as they are, and step 0
+    rounds nothing.
+    """
+    if step == 0 or max(weights) - min(weights) < 1e-9:
+        return tuple(hits), tuple(weights)
+    exact = [weight / step for weight in weights]
+    units = [math.floor(each + 1e-9) for each in exact]
+    missing = max(0, round(sum(exact)) - sum(units))
+    for i in sorted(range(len(exact)), key=lambda i: units[i] - exact[i])[:missing]:
+        units[i] += 1
+    heaviest = max(range(len(exact)), key=exact.__getitem__)
+    units[heaviest] = max(1, units[heaviest])
+    kept = [i for i, count in enumerate(units) if count > 0]
+    return tuple(hits[i] for i in kept), tuple(round(units[i] * step, 9) for i in kept)

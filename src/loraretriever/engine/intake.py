@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Ordered
 
 from loraretriever.engine.adapters import Adapters
-from loraretriever.engine.runner import ModelRunner, check_length
+from loraretriever.engine.prompts import PromptReader, check_length
+from loraretriever.engine.runner import ModelRunner
 from loraretriever.engine.sampler import check_sampling
 from loraretriever.engine.sequence import Sequence, Sink
-from loraretriever.errors import InvalidInputError
-from loraretriever.models import BaseModel, render_prompt
+from loraretriever.models import BaseModel
 from loraretriever.types import Request
 
-_LIKELY_CHARACTERS = 8  # of a token: few texts have more
 
-
-class Intake:
+class Intake(PromptReader):
     """Looks at what comes in, without the engine's lock. For any thread."""
 
     def __init__(self, base: BaseModel, runner: ModelRunner, adapters: Adapters) -> None:
-        self._tokenizer = base.tokenizer
-        # The first call resets what the tokenizer's file says of truncation, which no other thread may see half done.
-        self._tokenizer("")
+        known_ids = int(base.model.get_input_embeddings().weight.shape[0])
+        super().__init__(base.tokenizer, known_ids, runner.max_length)
         self._adapters = adapters
         self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
-        self._known_ids = int(base.model.get_input_embeddings().weight.shape[0])
-        self._longest = runner.max_length
         self.max_length = min(runner.max_length, runner.table.longest)
 
     def make(self, request: Request, position: int, sink: Sink) -> list[Sequence]:
@@ -44,51 +38,5 @@ class Intake:
         made: list[Sequence] = []
         for index in range(sampling.n):
             leader = made[0] if made else None
-            made.append(Sequence(request, index, ids, route, self._tokenizer, sink, now, leader))
+            made.append(Sequence(request, index, ids, route, self.tokenizer, sink, now, leader))
         return made
-
-    def tokenize(self, request: Request, position: int = 0) -> list[int]:
-        """The tokens that the model reads for a request; `position`: its place among others, for messages.
-
-        Raises:
-            InvalidInputError: the model does not know one, there are far too many, or the chat template refuses the
-                messages.
-        """
-        if request.tokens:
-            ids = list(request.tokens)
-        else:
-            text = render_prompt(self._tokenizer, request.prompt, request.chat, request.messages)
-            self._check_beginnings(text, position)
-            rendered = request.chat and bool(self._tokenizer.chat_template)  # which writes the special tokens itself
-            ids = self._tokenizer(text, add_special_tokens=not rendered).input_ids
-        self._check_known(ids, f"prompt {position + 1}")
-        return ids
-
-    def detokenize(self, tokens: Ordered[int]) -> str:
-        """The text of tokens, without the special ones.
-
-        Raises:
-            InvalidInputError: the model does not know one of them.
-        """
-        self._check_known(tokens, "the prompt")
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    def _check_beginnings(self, text: str, position: int) -> None:
-        """Refuse what is far too long by a part of it: reading all would take memory and time without need."""
-        size = _LIKELY_CHARACTERS * self._longest
-        while size < len(text):
-            count = len(self._tokenizer(text[:size]).input_ids)
-            if count > self._longest:
-                raise InvalidInputError(
-                    f"prompt {position + 1} has more than {count} tokens; the model takes {self._longest} in all. "
-                    "Shorten the prompt."
-                )
-            size *= 4
-
-    def _check_known(self, ids: Ordered[int], name: str) -> None:
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < self._known_ids:
-                raise InvalidInputError(
-                    f"{name} has the token {token}, but the model knows only those from 0, below {self._known_ids}; "
-                    "use the model's own tokenizer, or leave that special token out."
-                )

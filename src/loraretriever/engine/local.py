@@ -21,7 +21,8 @@ from loraretriever.compose.merged import MergedStore
 from loraretriever.engine.adapters import Adapters, AdapterSource, read_routers
 from loraretriever.engine.intake import Intake
 from loraretriever.engine.probe import choose_module, effects, factors_of, last_inputs
-from loraretriever.engine.runner import ModelRunner, check_length
+from loraretriever.engine.prompts import check_length
+from loraretriever.engine.runner import ModelRunner
 from loraretriever.engine.scheduler import Limits
 from loraretriever.engine.sequence import Sequence, Sink
 from loraretriever.engine.steps import Steps

@@ -230,18 +230,3 @@ def _compare(runner: ModelRunner) -> None:
             f"{type(model).__name__} gives other logits when its attention is replaced "
             f"(by up to {float((logits - own).abs().max()):.2g}); {_ADVICE}"
         )
-
-
-def check_length(prompt: int, answer: int, longest: int, position: int) -> None:
-    """Refuse a prompt without tokens, or one that with its answer is too long.
-
-    Raises:
-        InvalidInputError: it is so.
-    """
-    if prompt == 0:
-        raise InvalidInputError(f"prompt {position + 1} is empty; expected at least one token.")
-    if prompt + answer > longest:
-        raise InvalidInputError(
-            f"prompt {position + 1} has {prompt} tokens and asks for up to {answer} more; the model takes "
-            f"{longest} in all. Shorten the prompt or lower max_tokens."
-        )

@@ -21,7 +21,7 @@ from loraretriever.engine.sampler import Sampled, Sampler
 from loraretriever.engine.scheduler import Job, Limits, Plan, Scheduler
 from loraretriever.engine.sequence import Sequence
 from loraretriever.engine.stream import Unheard
-from loraretriever.models import BaseModel
+from loraretriever.models import BaseModel, end_ids
 
 
 class Steps:
@@ -53,7 +53,7 @@ class Steps:
         self._unheard = unheard
         self._device = base.model.device
         self._sampler = Sampler(self._device)
-        self._end_ids = _end_ids(base)
+        self._end_ids = end_ids(base.model.generation_config, base.tokenizer)
         self._users: Counter[AdapterRef] = Counter()  # sequences of each adapter
         self._stepping: list[Sequence] = []  # what the present step is about
         self._aborted: list[Sequence] = []
@@ -246,10 +246,3 @@ class _Memory:
         if sequence.cached is None:
             sequence.cached = len(sequence.blocks) * BLOCK
         return len(sequence.blocks) * BLOCK
-
-
-def _end_ids(base: BaseModel) -> frozenset[int]:
-    """Tokens that end an answer: those of the model's generation settings and the tokenizer's."""
-    configured: Any = base.model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*listed, base.tokenizer.eos_token_id) if token is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -125,18 +126,20 @@ class StorageCache:
         )
 
 
-def make_room(folder: Path, state: Path, max_bytes: int) -> None:
-    """Delete the least recently used entries of a folder until the rest has so many bytes; those in use stay.
+def make_room(folder: Path, state: Path, max_bytes: int, keep_seconds: float = 0.0) -> None:
+    """Delete the least recently used entries of a folder until the rest has so many bytes.
 
-    Call it under the lock of `state`, where what is deleted goes first.
+    Those stay that somebody uses, or that were used in the last `keep_seconds`. Call it under the lock of `state`,
+    where what is deleted goes first.
     """
     entries = []
     for entry in folder.glob(ENTRY):
         with suppress(OSError):
             entries.append((entry.stat().st_mtime_ns, size_of(entry), entry))
     total = sum(size for _, size, _ in entries)
-    for _, size, entry in sorted(entries):
-        if total <= max_bytes:
+    newest = time.time_ns() - int(keep_seconds * 1e9)
+    for used, size, entry in sorted(entries):
+        if total <= max_bytes or used > newest:
             break
         if discard_unused(entry, state):
             total -= size

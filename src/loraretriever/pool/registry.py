@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from loraretriever.errors import InvalidInputError, ModelLoadError, PoolError
-from loraretriever.pool import adding, content, editing, plain, records, verify
+from loraretriever.pool import adding, content, editing, plain, records, revisions, verify
 from loraretriever.pool.adding import AddResult, Candidate
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
@@ -239,6 +239,18 @@ class Pool(PromptMethods):
         if digest is None:
             return content.load_current(self._layout, self._database, name)
         return content.load_revision(self._layout, self._database, name, digest)
+
+    def find_digest(self, name: str, beginning: str) -> str:
+        """The digest of the last revision of an adapter whose digest begins so; also of one that was just removed.
+
+        Raises:
+            AdapterNotFoundError: no revision of that name has it.
+        """
+        return revisions.find_digest(self._database, name, beginning)
+
+    def content_folder(self, digest: str) -> Path | None:
+        """The PEFT folder with this content, where its files never change; None: load it with `weights`."""
+        return revisions.content_folder(self._layout, digest)
 
     def verify(self) -> Problems:
         """Look at everything in the pool; returns what is wrong, in words, or nothing."""

@@ -228,7 +228,7 @@ def test_a_prompt_with_tokens_that_the_model_lacks_is_refused(engine: LocalEngin
         def __call__(self, text: str, **options: Any) -> Any:
             return SimpleNamespace(input_ids=[5, 10_000])
 
-    engine._intake._tokenizer = Larger()
+    engine._intake.tokenizer = Larger()
     with pytest.raises(InvalidInputError, match="token 10000"):
         engine.submit(Request("x"))
 

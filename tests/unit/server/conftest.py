@@ -16,7 +16,8 @@ import pytest
 from loraretriever.config import ServerSettings
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
-from tiny import TINY_SPEC, write_peft_folder
+from loraretriever.types import BaseModelSpec
+from tiny import TINY_SPEC, lora_tensors, write_peft_folder
 from tiny_text import write_base_model, write_encoder
 
 SAMPLES = {
@@ -49,12 +50,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_pool(folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES)) -> Path:
+def make_pool(
+    folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES), spec: BaseModelSpec = TINY_SPEC
+) -> Path:
     """A pool of random adapters for the tiny model."""
     base = str(models / "base")
-    with Pool.create(folder / "pool", base, spec=TINY_SPEC) as pool:
+    with Pool.create(folder / "pool", base, spec=spec) as pool:
         for seed, name in enumerate(names):
-            adapter = write_peft_folder(folder / name, seed=seed, base_model=base)
+            tensors = lora_tensors(seed=seed, spec=spec)
+            adapter = write_peft_folder(folder / name, base_model=base, tensors=tensors)
             pool.add(adapter, samples=SAMPLES[name])
     return folder / "pool"
 
@@ -62,24 +66,30 @@ def make_pool(folder: Path, models: Path, names: tuple[str, ...] = tuple(SAMPLES
 @contextmanager
 def serving(pool: Path, models: Path, settings: ServerSettings | None = None, **options: Any) -> Iterator[Served]:
     """Serve a pool on a free port of this machine, in a thread."""
+    options = {"encoder": str(models / "encoder"), "precision": "float32", "batch_size": 8, "slots": 4} | options
+    with LoraRetriever.open(pool, **options) as retriever, serving_app(retriever, settings) as served:
+        yield served
+
+
+@contextmanager
+def serving_app(retriever: LoraRetriever, settings: ServerSettings | None = None) -> Iterator[Served]:
+    """Serve what is open already, as `serving`."""
     import uvicorn
 
     from loraretriever.server.app import create_app
 
-    options = {"encoder": str(models / "encoder"), "precision": "float32", "batch_size": 8, "slots": 4} | options
-    with LoraRetriever.open(pool, **options) as retriever:
-        app = create_app(retriever, settings or ServerSettings(refresh_seconds=0.05))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
-        thread = threading.Thread(target=server.run, name="uvicorn")
-        thread.start()
-        try:
-            with httpx.Client(timeout=60) as client:
-                url = _address(server, thread)
-                _wait_until_ready(client, url)
-                yield Served(url, app, retriever)
-        finally:
-            server.should_exit = True
-            thread.join()
+    app = create_app(retriever, settings or ServerSettings(refresh_seconds=0.05))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, name="uvicorn")
+    thread.start()
+    try:
+        with httpx.Client(timeout=60) as client:
+            url = _address(server, thread)
+            _wait_until_ready(client, url)
+            yield Served(url, app, retriever)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _address(server: Any, thread: threading.Thread) -> str:
