@@ -8,7 +8,7 @@ SOURCES := src tests benchmarks demo examples web
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-vllm test-ray setup check format bench train-demo train-large clean
+.PHONY: demo test test-postgres test-ray test-vllm setup check format bench train-demo train-large clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loraretriever demo
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	tests/browser/install-chromium
 	$(BIN)/python -m pytest
+
+# Part of `make test` too. The tests start PostgreSQL by themselves, from a package of the group `test`.
+test-postgres: $(VENV)/.test
+	$(BIN)/python -m pytest -m postgres
 
 # vLLM's CPU build, in an environment of its own: it wants other versions of what both need.
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.done

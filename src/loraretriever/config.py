@@ -54,6 +54,7 @@ class Settings:
     logits that become weights. `precision` of the hybrid's encoder is `int8`, `float32`, or `auto`: `int8` on a CPU
     that has instructions for it (VNNI); `max_tokens` the most that it reads of a prompt. The sizes from `slots` to
     `queue`, and `routers`, folders of trained ones with commas between them, are those of `engine.local.LocalEngine`.
+    Of a shared pool's adapters, the cache folder may hold `disk_mib`.
 
     With `engine` "vllm", vLLM answers: the servers at `vllm_urls` (with commas between them; `vllm_key` is their API
     key), or without any vLLM in this process, with `slots` adapters of rank `vllm_rank` at most. A server that sends
@@ -89,6 +90,7 @@ class Settings:
     cache_mib: int = Field(default=2048, ge=1)
     prefix_mib: int = Field(default=256, ge=0)
     host_mib: int = Field(default=1024, ge=0)
+    disk_mib: int = Field(default=16384, ge=0)
     queue: int = Field(default=1024, ge=1)
     routers: _Folders = ()
     engine: Literal["local", "vllm"] = "local"
@@ -218,7 +220,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     folder = path.absolute().parent
     pool = values.pop("pool", None)
     if pool is not None and not isinstance(pool, str):
-        raise InvalidInputError(f"{path}: pool is {pool!r}; expected the pool's folder.")
+        raise InvalidInputError(f"{path}: pool is {pool!r}; expected the pool's folder, or its URL.")
     if isinstance(server.get("adapter_root"), str):
         server["adapter_root"] = str(folder / Path(server["adapter_root"]).expanduser())
     for name in ("base_model", "encoder"):
@@ -227,7 +229,9 @@ def read_settings_file(path: Path) -> SettingsFile:
     routers = _split_commas(values.get("routers"))
     if isinstance(routers, list) and all(isinstance(router, str) for router in routers):  # else it is refused later
         values["routers"] = [str(folder / Path(router).expanduser()) for router in routers]
-    return SettingsFile(path, pool and str(folder / Path(pool).expanduser()), values, server, cluster)
+    if pool and "://" not in pool:
+        pool = str(folder / Path(pool).expanduser())
+    return SettingsFile(path, pool, values, server, cluster)
 
 
 def load_settings(file: SettingsFile | None = None, /, **overrides: Any) -> Settings:

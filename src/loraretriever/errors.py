@@ -26,6 +26,10 @@ class PoolError(LoraRetrieverError):
     """The pool itself cannot be opened, read or written."""
 
 
+class PoolAwayError(PoolError):
+    """The pool's database or storage cannot be reached now; the same may succeed soon."""
+
+
 class ModelLoadError(LoraRetrieverError):
     """A base model or an encoder cannot be found or loaded."""
 

@@ -83,7 +83,7 @@ class LoraRetriever:
         """Open a pool: one made by `Pool.create`, or a plain folder with one PEFT folder per adapter.
 
         Args:
-            pool: the pool's folder.
+            pool: the pool's folder, or the URL of its database.
             settings: fields of `Settings`, such as `base_model`, `encoder`, `threshold` or `device`.
 
         Raises:
@@ -91,7 +91,9 @@ class LoraRetriever:
             InvalidInputError: a setting is unknown or out of range.
         """
         checked = load_settings(**settings)
-        return cls(Pool.open(pool), checked, _load_retriever, load_engine)
+        opened = Pool.open(pool, disk_bytes=checked.disk_mib << 20)
+        opened.watch()
+        return cls(opened, checked, _load_retriever, load_engine)
 
     @property
     def retriever(self) -> Retriever:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from loraretriever.pool import Pool
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
+from places import Place, contents
+from tiny import TINY_SPEC, write_peft_folder
 
 # Imports once, then forks a child for each line it reads. The child opens the pool, tells its process id, and goes
 # through rounds of six changes until it is killed.
@@ -79,19 +82,14 @@ def sources(tmp_path: Path) -> list[Path]:
     return [write_peft_folder(tmp_path / name, seed=seed, rank=16) for seed, name in enumerate(["source", "revised"])]
 
 
-@pytest.fixture
-def location(tmp_path: Path) -> Path:
-    return tmp_path / "pool"
-
-
-@pytest.fixture
-def workers(location: Path, sources: list[Path]) -> Iterator[Workers]:
+@contextmanager
+def working(location: Path | str, sources: list[Path]) -> Iterator[Workers]:
     command = [sys.executable, "-c", WORKER, str(location), *map(str, sources)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Workers(process)
 
 
-def check(location: Path, digests: set[str]) -> frozenset[str]:
+def check(location: Path | str, digests: set[str]) -> frozenset[str]:
     """Look at all of the pool; returns the names in it."""
     with Pool.open(location) as pool:
         assert pool.verify() == []
@@ -102,43 +100,44 @@ def check(location: Path, digests: set[str]) -> frozenset[str]:
         return frozenset(adapter.name for adapter in pool.list())
 
 
-def kill_often(location: Path, sources: list[Path], workers: Workers, kills: int) -> set[frozenset[str]]:
+def kill_often(location: Path | str, sources: list[Path], kills: int) -> set[frozenset[str]]:
     """Kill workers at random moments of a round; returns the sets of names found afterwards."""
     with Pool.open(location) as pool:
         digests = {adapter.digest for adapter in pool.list()}
         digests |= {pool.add(source, name="probe").adapter.digest for source in sources}
         pool.grace_seconds = 0
         pool.remove("probe")
-    round_seconds = workers.round_seconds()
-    rng = random.Random(0)
     found = set()
-    for _ in range(kills):
-        worker = workers.start()
-        time.sleep(rng.uniform(0, round_seconds))
-        workers.kill(worker)
-        found.add(check(location, digests))
+    with working(location, sources) as workers:
+        round_seconds = workers.round_seconds()
+        rng = random.Random(0)
+        for _ in range(kills):
+            worker = workers.start()
+            time.sleep(rng.uniform(0, round_seconds))
+            workers.kill(worker)
+            found.add(check(location, digests))
     return found
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_leave_a_whole_pool(location: Path, sources: list[Path], workers: Workers) -> None:
-    Pool.create(location, TINY_BASE, spec=TINY_SPEC).close()
-    kill_often(location, sources, workers, 50)
-    with Pool.open(location) as pool:
+def test_kills_at_random_moments_leave_a_whole_pool(place: Place, sources: list[Path]) -> None:
+    with place.create() as pool:
+        kill_often(place.location, sources, 50)
         pool.grace_seconds = 0
         for adapter in pool.list():
             pool.remove(adapter.name)
+        with pool._database.write() as session:  # as if the time were over for what killed adds have stored
+            session.execute(text("UPDATE removed SET expires = '2000-01-01 00:00:00.000000'"))
         pool.add(sources[0], name="last")
-        assert len(list((location / "adapters").iterdir())) == 1, "leftovers are swept"
-        assert list((location / "staging").iterdir()) == []
+        assert contents(pool) == {pool.get("last").digest}, "leftovers are swept"
+        assert list((pool.state_folder / "staging").iterdir()) == []
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_leave_a_whole_plain_folder(
-    location: Path, sources: list[Path], workers: Workers
-) -> None:
+def test_kills_at_random_moments_leave_a_whole_plain_folder(tmp_path: Path, sources: list[Path]) -> None:
+    location = tmp_path / "pool"
     write_peft_folder(location / "first", samples=["a", "b"], seed=7)
     with Pool.open(location) as pool:
         assert pool.check_shapes(TINY_SPEC) == []
-    found = kill_often(location, sources, workers, 25)
+    found = kill_often(location, sources, 25)
     assert all("first" in names for names in found)

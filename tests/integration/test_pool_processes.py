@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from loraretriever.pool import Pool
-from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
+from places import Place, contents
+from tiny import TINY_SPEC, write_peft_folder
 
 ADD = """
 import sys
@@ -23,7 +24,7 @@ with Pool.open(location) as pool:
 """
 
 
-def start(prefix: str, location: Path, sources: list[Path]) -> subprocess.Popen[str]:
+def start(prefix: str, location: Path | str, sources: list[Path]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", ADD, prefix, str(location), *map(str, sources)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -38,9 +39,9 @@ def make_sources(folder: Path) -> list[Path]:
     return [write_peft_folder(folder / name, seed=seed) for seed, name in enumerate(["even", "odd"])]
 
 
-def test_one_process_reads_while_others_add(tmp_path: Path) -> None:
+def test_one_process_reads_while_others_add(place: Place, tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
-    with Pool.create(tmp_path / "pool", TINY_BASE, spec=TINY_SPEC) as pool:
+    with place.create() as pool:
         workers = [start(prefix, pool.location, sources) for prefix in ("x", "y")]
         for worker in workers:
             assert worker.stdout and worker.stdout.readline() == "ready\n"
@@ -61,9 +62,7 @@ def test_one_process_reads_while_others_add(tmp_path: Path) -> None:
         expected = {f"{prefix}{number}" for prefix in "xy" for number in range(1, 6)} | {"shared"}
         assert {adapter.name for adapter in pool.list()} == expected
         assert pool.verify() == []
-        assert {folder.name for folder in (pool.location / "adapters").iterdir()} == {
-            adapter.digest for adapter in pool.list()
-        }
+        assert contents(pool) == {adapter.digest for adapter in pool.list()}
 
 
 def test_processes_add_to_a_plain_folder(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 PoolOption = Annotated[
-    str, typer.Option("--pool", envvar="LORARETRIEVER_POOL", help="The pool's folder.", metavar="DIR", show_envvar=True)
+    str,
+    typer.Option(
+        "--pool",
+        envvar="LORARETRIEVER_POOL",
+        help="The pool's folder, or the URL of its database.",
+        metavar="DIR_OR_URL",
+        show_envvar=True,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)]

@@ -24,16 +24,22 @@ def pool_init(
         str,
         typer.Option(envvar="LORARETRIEVER_BASE_MODEL", help="The base model of all adapters: a folder or a hub id."),
     ],
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a pool with a URL: where the adapters' files go, such as s3://BUCKET/PREFIX.", metavar="URL"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an empty pool for a base model."""
-    from loraretriever.pool import Pool
+    """Make an empty pool for a base model, in a folder or in a PostgreSQL database."""
+    from loraretriever.pool import Pool, shown_location
 
-    with Pool.create(pool, base_model=base_model) as created:
+    with Pool.create(pool, base_model=base_model, storage=storage) as created:
         if as_json:
-            console.print_json({"pool": pool, "base_model": created.base_model})
+            console.print_json({"pool": shown_location(pool), "base_model": created.base_model, "storage": storage})
         else:
-            console.print_plain(f"created the pool {pool} for {created.base_model}")
+            console.print_plain(f"created the pool {shown_location(pool)} for {created.base_model}")
 
 
 @pool_app.command("add")
@@ -136,7 +142,7 @@ def pool_encoder(
     as_json: JsonOption = False,
 ) -> None:
     """Show or choose the sentence encoder that the pool is read with."""
-    from loraretriever.pool import Pool
+    from loraretriever.pool import Pool, shown_location
 
     if clear and name is not None:
         raise InvalidInputError(f"the encoder {name!r} and --clear are both given; expected one of them.")
@@ -145,7 +151,7 @@ def pool_encoder(
             opened.set_encoder(name)
         encoder = opened.encoder
     if as_json:
-        console.print_json({"pool": pool, "encoder": encoder})
+        console.print_json({"pool": shown_location(pool), "encoder": encoder})
     else:
         console.print_plain(encoder or "none chosen: the default is used")
 

@@ -41,7 +41,10 @@ def serve(
     pool: Annotated[
         str | None,
         typer.Option(
-            envvar="LORARETRIEVER_POOL", help="The pool's folder.", metavar="DIR", show_default="that of --config"
+            envvar="LORARETRIEVER_POOL",
+            help="The pool's folder, or its URL.",
+            metavar="DIR_OR_URL",
+            show_default="that of --config",
         ),
     ] = None,
     config: Annotated[
@@ -132,7 +135,7 @@ def serve(
     place = pool or (file and file.pool)
     if not place:
         raise InvalidInputError(
-            'no pool is named; expected --pool DIR, LORARETRIEVER_POOL in the environment, or pool = "DIR" '
+            'no pool is named; expected --pool DIR_OR_URL, LORARETRIEVER_POOL in the environment, or pool = "DIR" '
             "at the beginning of the file that --config names."
         )
     with require_extra("serve"):
@@ -186,19 +189,20 @@ def _check_pool(plan: Plan) -> bool:
         PoolError: there is no pool.
         InvalidInputError: other machines would be served without keys.
     """
-    from loraretriever.pool import Pool
+    from loraretriever.pool import Pool, shown_location
     from loraretriever.server.sockets import is_loopback, resolve_address
 
     _, (address, _) = resolve_address(plan.server.host, plan.server.port)
     with Pool.open(plan.pool) as opened:
         console.print_problems(opened.problems)
         has_keys = opened.keys.exist()
+    place = shown_location(plan.pool)
     if is_loopback(address):
         return has_keys
     if not has_keys:
         raise InvalidInputError(
-            f"the pool {plan.pool} has no API keys, and everybody could use a server at {plan.server.host}; make a "
-            f"key with: loraretriever keys create LABEL --pool {plan.pool}, "
+            f"the pool {place} has no API keys, and everybody could use a server at {plan.server.host}; make a "
+            f"key with: loraretriever keys create LABEL --pool {place}, "
             "or serve this machine only, with --host 127.0.0.1."
         )
     console.print_note(
@@ -210,13 +214,16 @@ def _check_pool(plan: Plan) -> bool:
 
 def _announcer(plan: Plan, url: str, has_keys: bool, as_json: bool, **more: int) -> Callable[[], None]:
     """Tells on standard output that the server is ready."""
+    from loraretriever.pool import shown_location
+
+    place = shown_location(plan.pool)
 
     def announce() -> None:
         if as_json:
-            told = {"url": url, "pool": plan.pool, "workers": plan.server.workers, "keys": has_keys}
+            told = {"url": url, "pool": place, "workers": plan.server.workers, "keys": has_keys}
             console.print_json({**told, **more, "pid": os.getpid()})
         else:
-            console.print_plain(f"serving {plan.pool} at {url}")
+            console.print_plain(f"serving {place} at {url}")
             if not has_keys:
                 console.print_plain("no API keys are configured: programs on this machine may do everything")
 

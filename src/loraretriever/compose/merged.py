@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -17,13 +16,13 @@ from safetensors.torch import save_file
 
 from loraretriever.compose.merge import VERSION, check_merge
 from loraretriever.errors import InvalidInputError, LoraRetrieverError
+from loraretriever.pool.cache import make_room, size_of
 from loraretriever.pool.files import discard, file_errors, locked, rename, staging_folder
 from loraretriever.pool.peft_config import CONFIG_FILE, read_config
 from loraretriever.pool.weights import WEIGHTS_FILE, digest_of, load_weights
 from loraretriever.types import AdapterWeights, Composition, LoraPair, Merge
 
 CHECK_FILE = "sha256"  # of an entry: the digest of its configuration and weights
-_ENTRY = "[0-9a-f]" * 64
 _THREAD_LOCKS = 32
 
 
@@ -146,22 +145,8 @@ class MergedStore:
                     return
                 if os.path.lexists(entry):
                     discard(entry, self._folder)
-                self._make_room(_size(staged))
+                make_room(self._folder, self._folder, self._max_bytes - size_of(staged), self._keep_seconds)
                 rename(staged, entry)
-
-    def _make_room(self, size: int) -> None:
-        """Delete the least recently used until so many bytes more are within the limit. Call it under the lock."""
-        entries = []
-        for entry in self._folder.glob(_ENTRY):
-            with suppress(OSError):
-                entries.append((entry.stat().st_mtime_ns, _size(entry), entry))
-        total = size + sum(each for _, each, _ in entries)
-        newest = time.time_ns() - int(self._keep_seconds * 1e9)
-        for used, each, entry in sorted(entries):
-            if total <= self._max_bytes or used > newest:
-                break
-            discard(entry, self._folder)
-            total -= each
 
 
 def write_peft(folder: Path, modules: Mapping[str, LoraPair]) -> None:
@@ -202,7 +187,3 @@ def _exceptions(values: Mapping[str, float], default: float) -> dict[str, float]
 
 def _content_digest(entry: Path) -> str:
     return digest_of(read_config(entry / CONFIG_FILE), entry / WEIGHTS_FILE)
-
-
-def _size(entry: Path) -> int:
-    return sum(file.stat().st_size for file in entry.iterdir())

@@ -3,6 +3,7 @@
 from loraretriever.pool.adding import AddChange, AddResult
 from loraretriever.pool.jobs import Job, JobError, JobStore
 from loraretriever.pool.keys import SCOPES, Key, KeyStore
+from loraretriever.pool.layout import shown_location
 from loraretriever.pool.names import public_name, qualified_name
 from loraretriever.pool.reading import PoolView
 from loraretriever.pool.registry import Pool
@@ -20,4 +21,5 @@ __all__ = [
     "PoolView",
     "public_name",
     "qualified_name",
+    "shown_location",
 ]

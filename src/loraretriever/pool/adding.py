@@ -1,7 +1,8 @@
 """Adding an adapter: stage its files, admit them, put them in place, and commit, so that a kill leaves all or nothing.
 
 Order: copy to a staging folder and to the disk; check the copy; then, under the pool's lock, rename it into its
-place and commit the row. A kill before the commit leaves files that no row names; the next add sweeps them.
+place and commit the row. A kill before the commit leaves files that no row names; the next add sweeps them. In a shared
+pool the copy goes to the storage before the row is made, and the lock is the database's.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class _Staged:
     )
     given: bool  # the samples are given by the caller, or derived from a description that is
     description: str
+    published: content.Published | None  # to the storage, if the pool has one
     stamp: plain.Stamp  # of the candidate's folder, before it was copied
     in_place: bool  # the candidate is a folder of the pool, a plain one, and stays where it is
 
@@ -93,10 +95,12 @@ def add(
         with locked(layout.state):
             content.sweep(layout, database)
     with staging_folder(layout.state) as staging:
-        staged = _stage(layout, candidate, staging / "adapter", base_model, spec)
+        staged = _stage(layout, database, candidate, staging / "adapter", base_model, spec)
         with locked(layout.state), database.write() as session:
             if layout.plain:
                 plain.put_back_replaced(layout)
+            if staged.published is not None:
+                content.redeem(session, staged.published)
             row = records.current_row(session, candidate.name)
             before = row.tenant if row else ""
             if row is not None and row.digest == staged.admission.digest:
@@ -110,7 +114,14 @@ def add(
             return AddResult(records.to_adapters(session, [row], layout.root)[0], change)
 
 
-def _stage(layout: Layout, candidate: Candidate, folder: Path, base_model: str, spec: BaseModelSpec | None) -> _Staged:
+def _stage(
+    layout: Layout,
+    database: Database,
+    candidate: Candidate,
+    folder: Path,
+    base_model: str,
+    spec: BaseModelSpec | None,
+) -> _Staged:
     """Copy the candidate's files and check the copy: nobody can change it between the check and the use."""
     stamp = plain.stamp_of(candidate.folder)
     folder.mkdir()
@@ -133,6 +144,7 @@ def _stage(layout: Layout, candidate: Candidate, folder: Path, base_model: str, 
         explicit=samples is not None,
         given=candidate.samples is not None or (samples is None and bool(candidate.description)),
         description=candidate.description or (card.paragraphs[0] if card.paragraphs else ""),
+        published=content.publish(layout, database, admission.digest, folder),
         stamp=stamp,
         in_place=layout.plain and candidate.folder == layout.root / candidate.name,
     )
@@ -188,7 +200,9 @@ def _update(session: Session, layout: Layout, row: AdapterRow, candidate: Candid
     if samples != old:
         records.replace_samples(session, row, samples)
         change = AddChange.SAMPLES_UPDATED
-    if not staged.in_place and digest_in(layout.root / row.folder) != row.digest:
+    if staged.published is not None:
+        change = AddChange.REPAIRED if staged.published.is_new else change
+    elif not staged.in_place and digest_in(layout.root / row.folder) != row.digest:
         _place(layout, row, staged, samples)
         change = AddChange.REPAIRED
     elif layout.plain and samples != old:
@@ -214,6 +228,8 @@ def _tenant(candidate: Candidate, before: AdapterRow | None) -> str | None:
 
 def _place(layout: Layout, row: AdapterRow, staged: _Staged, samples: list[Sample]) -> None:
     """Put the staged files where the row says that they are."""
+    if staged.published is not None:
+        return
     target = layout.root / row.folder
     if staged.in_place:
         row.stamp = staged.stamp

@@ -46,9 +46,9 @@ class PoolBase(PoolReader):
             return frozenset(tenant for tenant in session.scalars(query) if tenant is not None)
 
     @property
-    def location(self) -> Path:
-        """The pool's folder."""
-        return self._layout.root
+    def location(self) -> Path | str:
+        """The pool's folder, or of a shared pool the URL without the password."""
+        return self._layout.name if self._layout.url is not None else self._layout.root
 
     @property
     def is_plain(self) -> bool:
@@ -57,8 +57,17 @@ class PoolBase(PoolReader):
 
     @property
     def state_folder(self) -> Path:
-        """The folder of the database, where what is derived from the pool may be kept too."""
+        """A folder of this host for what is derived from the pool; a database in a file is there too."""
         return self._layout.state
+
+    def watch(self) -> None:
+        """Follow a shared pool from now on without asking its database at each request.
+
+        `change` is then what came here: of other processes' changes usually within milliseconds, of this pool's own
+        at once. While the database is away, what is known of adapters and keys stays in force. Other pools are read
+        anew each time.
+        """
+        self._database.watch()
 
     def set_encoder(self, name: str | None) -> None:
         """Choose the sentence encoder; of a folder the absolute path is kept.

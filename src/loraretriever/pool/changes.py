@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
+from loraretriever.pool.database import CHANGE
 from loraretriever.pool.records import batches
 from loraretriever.pool.schema import AdapterRow, ChangeRow, PoolRow
 
@@ -20,6 +21,7 @@ def count_change(session: Session, *names: str, before: str | None = "") -> None
     """
     session.execute(update(PoolRow).values(change=PoolRow.change + 1))
     change = session.scalars(select(PoolRow.change)).one()
+    session.info[CHANGE] = change
     tenants: dict[str, str | None] = {}
     for batch in batches(names):
         query = select(AdapterRow.name, AdapterRow.tenant).where(AdapterRow.current, AdapterRow.name.in_(batch))

@@ -2,30 +2,46 @@
 
 A request loads what its adapters were when it came in. In a pool made by `create` the content of a removed adapter
 stays for a grace period, in a plain folder all that was ever replaced or removed does.
+
+In a shared pool content is in a storage. It is promised to an `add` by a row, as if it had been removed, before it is
+stored; so nobody deletes it before the add commits, and somebody does if it never commits.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import AdapterNotFoundError, PoolError
+from loraretriever.errors import AdapterNotFoundError, PoolAwayError, PoolError
 from loraretriever.pool import plain, records
+from loraretriever.pool.cache import StorageCache
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import discard, locked
-from loraretriever.pool.layout import Layout
+from loraretriever.pool.layout import CONTENT_FOLDER, Layout
 from loraretriever.pool.schema import AdapterRow, RemovedRow
+from loraretriever.pool.storage import NotStoredError, Storage
 from loraretriever.pool.weights import WEIGHTS_FILE, load_weights
 from loraretriever.types import AdapterWeights
 
 GRACE_SECONDS = 3600.0
+_PROMISED = timedelta(hours=6)  # the longest that storing an adapter may take
 _DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Files in a storage that no row names yet. `promise`: the row that keeps them from being deleted."""
+
+    promise: int
+    is_new: bool  # they were not there before
 
 
 def load_current(layout: Layout, database: Database, name: str) -> AdapterWeights:
@@ -38,6 +54,9 @@ def load_current(layout: Layout, database: Database, name: str) -> AdapterWeight
     with database.read() as session:
         row = records.find_row(session, name)
         session.expunge_all()
+    if layout.storage is not None:
+        with files(layout, row.folder) as folder:
+            return load_weights(folder, name, row.digest)
     folder = layout.root / row.folder
     if row.stamp is not None and plain.changed_weights(row.stamp, folder):
         raise PoolError(f"the files of adapter {name!r} in {folder} have changed. Open the pool again.")
@@ -59,6 +78,61 @@ def load_revision(layout: Layout, database: Database, name: str, digest: str) ->
             "Ask again, for the pool as it is now."
         )
     return found
+
+
+@contextmanager
+def files(layout: Layout, folder: str, fresh: bool = False) -> Iterator[Path]:
+    """A folder with an adapter's files, by the folder of its row; of a storage a copy, made now if `fresh`.
+
+    Raises:
+        PoolError: the storage cannot be read, or does not have them.
+    """
+    if layout.storage is None:
+        yield layout.root / folder
+        return
+    cache = _cache(layout)
+    digest = folder.rpartition("/")[2]
+    with cache.fresh(digest) if fresh else cache.files(digest) as found:
+        yield found
+
+
+def place_of(layout: Layout, folder: str) -> str:
+    """Where an adapter's files are, for messages."""
+    return f"{layout.storage}/{folder}" if layout.storage is not None else str(layout.root / folder)
+
+
+def publish(layout: Layout, database: Database, digest: str, folder: Path) -> Published | None:
+    """Bring an adapter's files into the pool's storage, if it has one, before a row names them."""
+    if layout.storage is None:
+        return None
+    with database.write() as session:
+        is_used = session.scalars(select(AdapterRow.id).where(AdapterRow.digest == digest)).first() is not None
+        promise = RemovedRow(name="", digest=digest, folder="", expires=_now() + _PROMISED)
+        session.add(promise)
+        session.flush()
+        published = Published(promise.id, is_new=not is_used)
+    if is_used:
+        try:
+            with _cache(layout).fresh(digest):
+                return published
+        except PoolAwayError:
+            raise
+        except PoolError:  # lost or damaged
+            published = replace(published, is_new=True)
+    Storage(layout.storage).upload(digest, folder)
+    return published
+
+
+def redeem(session: Session, published: Published) -> None:
+    """Take the promise back that nobody deletes the files, in the transaction that makes a row which names them.
+
+    Raises:
+        PoolError: storing them took so long that somebody may have.
+    """
+    promise = session.get(RemovedRow, published.promise)
+    if promise is None:
+        raise PoolError(f"storing the adapter took more than {_PROMISED}. Add it again.")
+    session.delete(promise)
 
 
 def retire(session: Session, name: str, grace_seconds: float) -> None:
@@ -83,8 +157,12 @@ def expired(session: Session) -> set[str]:
 def sweep(layout: Layout, database: Database) -> None:
     """Delete content that nothing names: of removed adapters after their grace period, of adds that were killed.
 
-    Call it under the lock.
+    Call it under the lock. What cannot be deleted now is deleted by another call.
     """
+    if layout.storage is not None:
+        with suppress(PoolError), database.write() as session:
+            Storage(layout.storage).delete(expired(session))  # before the commit; no `add` can come in between
+        return
     found = os.listdir(layout.content) if layout.content.is_dir() else []
     with database.write() as session:
         expired(session)
@@ -103,14 +181,30 @@ def delete_content(layout: Layout, digests: Iterable[str]) -> None:
             discard(folder, layout.state)
 
 
+def _cache(layout: Layout) -> StorageCache:
+    assert layout.storage is not None
+    return StorageCache(Storage(layout.storage), layout.root, layout.disk_bytes)
+
+
 def _load_stored(layout: Layout, database: Database, name: str, digest: str) -> AdapterWeights | None:
-    with database.read() as session:
-        row = records.revision_row(session, name, digest)
-        removed = select(RemovedRow.folder).where(RemovedRow.name == name, RemovedRow.digest == digest)
-        path = row.folder if row is not None else session.scalars(removed).first()
-    if path is None or not (layout.root / path / WEIGHTS_FILE).exists():
+    row = path = None
+    try:
+        with database.read() as session:
+            row = records.revision_row(session, name, digest)
+            removed = select(RemovedRow.folder).where(RemovedRow.name == name, RemovedRow.digest == digest)
+            path = row.folder if row is not None else session.scalars(removed).first()
+    except PoolAwayError:
+        if _DIGEST.fullmatch(digest):  # which the caller read in the database before
+            path = f"{CONTENT_FOLDER}/{digest}"
+    if path is None or (layout.storage is None and not (layout.root / path / WEIGHTS_FILE).exists()):
         return None
-    return load_weights(layout.root / path, name, digest)
+    try:
+        with files(layout, path) as folder:
+            return load_weights(folder, name, digest)
+    except NotStoredError:
+        if row is not None and row.current:
+            raise
+        return None
 
 
 def _load_plain(layout: Layout, database: Database, name: str, digest: str) -> AdapterWeights | None:

@@ -1,52 +1,104 @@
-"""A pool's database: connections, transactions, migrations. Only this module knows that it is SQLite."""
+"""A pool's database: sessions, transactions, migrations; SQLite in a folder, PostgreSQL by URL."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import PoolError
+from loraretriever.errors import PoolAwayError, PoolError
+from loraretriever.pool.postgres import Postgres
+from loraretriever.pool.sqlite import Sqlite
+from loraretriever.pool.watching import ChangeWatch
 
 DATABASE_FILE = "pool.db"
-HEAD_REVISION = "0003"  # the last one in migrations/versions; known here so that opening need not import Alembic
-_BUSY_SECONDS = 60.0
+HEAD_REVISION = "0004"  # the last one in migrations/versions; known here so that opening need not import Alembic
+CHANGE = "change"  # what a session's `info` holds of the change that it counted
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """What differs between SQLite and PostgreSQL."""
+
+    name: str  # for messages
+    expected: str  # what is needed for it to work
+    driver_error: type[Exception]
+    reading: Engine  # its transactions see one state
+    writing: Engine  # its transactions run one after the other
+
+    def migrating(self) -> AbstractContextManager[Connection]:
+        """A connection in a transaction that may change tables, and commits at the end."""
+        ...
+
+    def check(self) -> list[str]:
+        """What is damaged."""
+        ...
+
+    def is_away(self, error: BaseException) -> bool:
+        """Whether an error tells that the database cannot be reached now."""
+        ...
 
 
 class Database:
     """Sessions on a pool's database. Threads may share it; each session belongs to one thread."""
 
-    def __init__(self, file: Path) -> None:
-        """Connect to the SQLite file; it is made by the first connection when it is missing."""
-        self.file = file
-        self._engine = _sqlite_engine(file)
-        self._writing = self._engine.execution_options(writes=True)
+    def __init__(self, place: Path | URL) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            place: a SQLite file, which is made when it is missing, or the URL of a PostgreSQL database.
+        """
+        self._url = place if isinstance(place, URL) else None
+        self._backend: Backend = Postgres(place) if isinstance(place, URL) else Sqlite(place)
+        self.name = self._backend.name
+        self._watch: ChangeWatch | None = None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that sees one state of the database, whatever others commit meanwhile."""
-        with self._errors(), Session(self._engine) as session:
+        with self._errors(), Session(self._backend.reading) as session:
             yield session
 
-    def read_number(self, query: str) -> int:
-        """One number, without a session, which would take ten times as long: for what is asked at each request."""
-        with self._errors(), closing(self._engine.raw_connection()) as connection:
+    @property
+    def change(self) -> int:
+        """The number of the last change: as it is in the database, or with `watch` as it came here."""
+        if self._watch is not None:
+            return self._watch.number
+        # Without a session, which would take ten times as long: it is asked at each request.
+        with self._errors(), closing(self._backend.reading.raw_connection()) as connection:
             cursor = connection.cursor()
-            cursor.execute(query)
+            cursor.execute("SELECT change FROM pool")
             (number,) = cast("tuple[int]", cursor.fetchone())
             return number
+
+    def watch(self) -> None:
+        """From now on be told of changes, where the database can tell: `change` and `remembered` then ask nobody."""
+        if self._url is not None and self._watch is None:
+            self._watch = ChangeWatch(self._url, self.change)
+
+    def remembered(self, key: Hashable, read: Callable[[Session], T]) -> T:
+        """What is read in a session; with `watch` only once after each change."""
+
+        def load() -> T:
+            with self.read() as session:
+                return read(session)
+
+        return load() if self._watch is None else self._watch.remembered(key, load)
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits at the end, or changes nothing when an error leaves the block."""
-        with self._errors(), Session(self._writing) as session, session.begin():
-            yield session
+        with self._errors(), Session(self._backend.writing) as session:
+            with session.begin():
+                yield session
+            change = session.info.get(CHANGE)
+        if change is not None and self._watch is not None:
+            self._watch.advance(change)
 
     def migrate(self) -> None:
         """Bring the tables to the newest revision, in one transaction. Call it under the pool's lock.
@@ -54,74 +106,37 @@ class Database:
         Raises:
             PoolError: a newer version of this package made the database.
         """
-        with self._errors():
-            with self._engine.connect() as connection:
-                revision = _revision(connection)
-            if revision == HEAD_REVISION:
-                return
-            with self._engine.connect() as connection:
-                connection.connection.driver_connection.execute("PRAGMA journal_mode = WAL")  # type: ignore[union-attr]
-            with self._writing.connect() as connection:
-                # A table that is made anew would take the rows with it that refer to its own. This cannot be
-                # switched inside a transaction.
-                driver: Any = connection.connection.driver_connection
-                driver.execute("PRAGMA foreign_keys = OFF")
-                try:
-                    with connection.begin():
-                        _upgrade(connection, self.file)
-                        if connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
-                            raise PoolError(f"{self.file} holds rows that belong to nothing; restore it from a copy.")
-                finally:
-                    driver.execute("PRAGMA foreign_keys = ON")
+        if self.is_current:
+            return
+        with self._errors(), self._backend.migrating() as connection:
+            _upgrade(connection, self.name)
 
     @property
     def is_current(self) -> bool:
         """Whether the tables are of the newest revision."""
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._backend.reading.connect() as connection:
             return _revision(connection) == HEAD_REVISION
 
     def check(self) -> list[str]:
-        """What SQLite finds damaged in its file."""
-        with self._errors(), self._engine.connect() as connection:
-            damage = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA quick_check") if row[0] != "ok"]
-            orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-        damage += [f"row {row[1]} of {row[0]} belongs to no {row[2]}" for row in orphans]
-        return [f"{self.file}: {each}" for each in damage]
+        """What is damaged in the database, in words."""
+        with self._errors():
+            return [f"{self.name}: {each}" for each in self._backend.check()]
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        self._backend.reading.dispose()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            cause = getattr(error, "orig", None) or error
-            raise PoolError(
-                f"the pool's database {self.file} cannot be used: {cause}. Expected a SQLite file that this process "
-                "may read and write, on a disk with space left."
-            ) from error
-
-
-def _sqlite_engine(file: Path) -> Engine:
-    engine = create_engine(URL.create("sqlite", database=str(file)), connect_args={"timeout": _BUSY_SECONDS})
-
-    # The driver's own transactions start late and cannot be told to be immediate, so they are ours
-    # (SQLAlchemy's documentation of SQLite describes this). A write that starts as a read could not wait for
-    # another writer: SQLite refuses it at once.
-    @event.listens_for(engine, "connect")
-    def _connect(connection: Any, record: object) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA synchronous = FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
+        except (SQLAlchemyError, self._backend.driver_error) as error:
+            cause = str(getattr(error, "orig", None) or error).strip()
+            kind = PoolAwayError if self._backend.is_away(error) else PoolError
+            raise kind(f"the pool's database {self.name} cannot be used: {cause}. {self._backend.expected}") from error
 
 
 def _revision(connection: Connection) -> str | None:
@@ -131,7 +146,7 @@ def _revision(connection: Connection) -> str | None:
     return None if found is None else str(found)
 
 
-def _upgrade(connection: Connection, file: Path) -> None:
+def _upgrade(connection: Connection, name: str) -> None:
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -147,6 +162,6 @@ def _upgrade(connection: Connection, file: Path) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise PoolError(
-            f"{file} is of revision {revision!r}; expected {HEAD_REVISION!r} or an older one. A newer version of "
+            f"{name} is of revision {revision!r}; expected {HEAD_REVISION!r} or an older one. A newer version of "
             "loraretriever made it: upgrade the package."
         ) from error

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from sqlalchemy.orm import Session
 
 from loraretriever.errors import InvalidInputError, PoolError
-from loraretriever.pool import plain, records
+from loraretriever.pool import content, plain, records
 from loraretriever.pool.changes import count_change
 from loraretriever.pool.files import write_file
 from loraretriever.pool.layout import Layout
@@ -95,7 +95,8 @@ def update_details(
     old = current_samples(session, layout, row)
     has_given = any(is_given(sample) and not sample.counter for sample in old)
     if description and description != before[0] and not has_given:
-        card = read_card(optional_file(layout.root / row.folder / CARD_FILE))
+        with content.files(layout, row.folder) as folder:
+            card = read_card(optional_file(folder / CARD_FILE))
         counters = [sample for sample in old if sample.counter]
         samples = _in_place_of(old, [*derived_samples(own_name(name), card, description), *counters], name)
         if samples != old:

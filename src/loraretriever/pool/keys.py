@@ -8,13 +8,13 @@ import re
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from loraretriever.errors import InvalidInputError
+from loraretriever.errors import InvalidInputError, PoolAwayError
 from loraretriever.pool.database import Database
 from loraretriever.pool.names import check_tenant
 from loraretriever.pool.schema import KeyRow
@@ -59,7 +59,8 @@ class KeyStore:
     """The keys of a pool. Threads may share it.
 
     It is asked at each request of a server, and reads each key's row once a second: a key that another process
-    revoked is refused within a second, as is a request without a key after the first one was made.
+    revoked is refused within a second, as is a request without a key after the first one was made. While the database
+    of a shared pool is away, what is known of keys stays in force.
     """
 
     def __init__(self, database: Database) -> None:
@@ -167,8 +168,12 @@ class KeyStore:
         """Whether a key was ever made: a server over a pool whose keys are all revoked is not open."""
         if not self._exist and time.monotonic() - self._looked >= CACHE_SECONDS:
             looked = time.monotonic()
-            with self._database.read() as session:
-                self._exist = session.scalars(select(func.count()).select_from(KeyRow)).one() > 0
+            try:
+                with self._database.read() as session:
+                    self._exist = session.scalars(select(func.count()).select_from(KeyRow)).one() > 0
+            except PoolAwayError:
+                if self._looked == float("-inf"):
+                    raise
             self._looked = looked
         return self._exist
 
@@ -177,9 +182,14 @@ class KeyStore:
         now = time.monotonic()
         if known is not None and now - known.since < CACHE_SECONDS:
             return known
-        with self._database.read() as session:
-            row = session.get(KeyRow, identity)
-            known = _Known(_to_key(row), row.secret, now) if row is not None else None
+        try:
+            with self._database.read() as session:
+                row = session.get(KeyRow, identity)
+                known = _Known(_to_key(row), row.secret, now) if row is not None else None
+        except PoolAwayError:
+            if known is None:
+                raise
+            known = replace(known, since=now)
         if known is not None:  # what is guessed is not remembered
             self._known[identity] = known
         return known

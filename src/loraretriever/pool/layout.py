@@ -1,4 +1,4 @@
-"""Where a pool's files are: a folder made by `Pool.create`, or a plain folder with one PEFT folder per adapter."""
+"""Where a pool is: a folder made by `Pool.create`, a plain folder of PEFT folders, or the URL of a database."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from sqlalchemy import URL
 
 from loraretriever.config import cache_folder
 from loraretriever.errors import InvalidInputError, PoolError
@@ -15,25 +17,40 @@ from loraretriever.pool.database import DATABASE_FILE
 from loraretriever.pool.files import STAGING_FOLDER
 from loraretriever.pool.names import check_tenant
 from loraretriever.pool.peft_config import CONFIG_FILE
+from loraretriever.pool.postgres import parse_url, shown_url
+from loraretriever.pool.storage import check_url
 from loraretriever.pool.weights import WEIGHTS_FILE
 
 STATE_FOLDER = ".loraretriever"
 CONTENT_FOLDER = "adapters"
+DEFAULT_DISK_BYTES = 16 << 30
 VIEW_PREFIX = "view-"  # of folders in the state folder, with what is derived from what a tenant may see
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of one pool. `state` holds the database, the lock and what is unfinished."""
+    """The places of one pool. `state` holds the database, the lock and what is unfinished.
+
+    A shared pool has a database at `url` and its adapters' files in the storage at that URL. Its `root` and `state`
+    are a folder of this host, with up to `disk_bytes` of those files.
+    """
 
     root: Path
     state: Path
     plain: bool
+    url: URL | None = None
+    storage: str | None = None
+    disk_bytes: int = DEFAULT_DISK_BYTES
 
     @property
-    def database(self) -> Path:
-        """The SQLite file."""
-        return self.state / DATABASE_FILE
+    def name(self) -> str:
+        """What the pool is called in messages: its folder, or its URL without the password."""
+        return shown_url(self.url) if self.url is not None else str(self.root)
+
+    @property
+    def database(self) -> Path | URL:
+        """The SQLite file, or the URL of a PostgreSQL database."""
+        return self.url if self.url is not None else self.state / DATABASE_FILE
 
     @property
     def content(self) -> Path:
@@ -72,12 +89,25 @@ def _check_is_real(file: Path) -> None:
         raise PoolError(f"{file} is a link or a device; expected a file or folder of the pool's own. Delete it.")
 
 
-def created_layout(location: str | Path) -> Layout:
+def created_layout(location: str | Path, storage: str | None = None) -> Layout:
     """The layout of a new pool.
 
     Raises:
+        InvalidInputError: a pool with a URL is given no storage, or a folder is given one, or a URL cannot be used.
         PoolError: the folder is a plain one, with adapters in it, or has folders that the pool would take for its own.
     """
+    if is_url(location):
+        if storage is None:
+            raise InvalidInputError(
+                f"the pool {shown_location(location)} has no storage; expected the URL of a place for its adapters' "
+                "files that all hosts can read, such as s3://BUCKET/PREFIX. Give one with: --storage"
+            )
+        return replace(_shared_layout(location), storage=check_url(storage))
+    if storage is not None:
+        raise InvalidInputError(
+            f"storage is given, but the pool {location} is a folder and keeps its adapters there; leave it out, or "
+            "give the URL of a database: postgresql://USER@HOST/DATABASE."
+        )
     root = local_path(location)
     if root.is_dir() and adapter_folders(root):
         raise PoolError(f"{root} holds adapters and is a pool as it is: open it, or choose another folder.")
@@ -96,6 +126,8 @@ def find_layout(location: str | Path) -> Layout:
     Raises:
         PoolError: none is.
     """
+    if is_url(location):
+        return _shared_layout(location)
     root = local_path(location)
     if not root.is_dir():
         raise PoolError(
@@ -114,14 +146,29 @@ def find_layout(location: str | Path) -> Layout:
     return Layout(root, state, plain=True)
 
 
+def is_url(location: str | Path) -> bool:
+    """Whether a pool's place is a database's URL, not a folder."""
+    return "://" in str(location)
+
+
+def shown_location(location: str | Path) -> str:
+    """A pool's place for messages: of a URL no password."""
+    return shown_url(parse_url(str(location))) if is_url(location) else str(location)
+
+
+def _shared_layout(location: str | Path) -> Layout:
+    url = parse_url(str(location))
+    identity = f"{shown_url(url)} {sorted(url.query.items())}"
+    folder = cache_folder() / "pools" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return Layout(folder, folder, plain=False, url=url)
+
+
 def local_path(location: str | Path) -> Path:
     """The absolute path of a pool's folder.
 
     Raises:
-        PoolError: the location is a URL, or cannot be a path.
+        PoolError: the location cannot be a path.
     """
-    if "://" in str(location):
-        raise PoolError(f"the pool {str(location)!r} is a URL; expected a folder. Only local pools can be opened.")
     try:
         return Path(location).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -147,7 +194,7 @@ def check_owner(tenant: str | None, layout: Layout) -> str | None:
     """
     if tenant and layout.plain:
         raise InvalidInputError(
-            f"tenant is {tenant!r:.200}, but {layout.root} is a plain folder, whose adapters belong to no tenant. Make "
+            f"tenant is {tenant!r:.200}, but {layout.name} is a plain folder, whose adapters belong to no tenant. Make "
             "a pool for them with: loraretriever pool init"
         )
     return check_tenant(tenant) if tenant else tenant

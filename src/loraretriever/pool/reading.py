@@ -42,7 +42,7 @@ class PoolReader:
 
         It counts all tenants' changes: for readers that follow the pool, not for users.
         """
-        return self._database.read_number("SELECT change FROM pool")
+        return self._database.change
 
     def changes_since(self, change: int) -> frozenset[str] | None:
         """Names of the adapters that the changes after this one touched: what a reader of that change must read again.
@@ -59,8 +59,7 @@ class PoolReader:
     @property
     def encoder(self) -> str | None:
         """The sentence encoder that this pool is to be read with: a folder or a hub id; None: the reader's default."""
-        with self._database.read() as session:
-            return self._row(session).encoder
+        return self._database.remembered("encoder", lambda session: self._row(session).encoder)
 
     def list(self, enabled_only: bool = False) -> Adapters:
         """All adapters, by name."""
@@ -74,8 +73,11 @@ class PoolReader:
         Raises:
             AdapterNotFoundError: there is none of that name; the message gives names like it.
         """
-        with self._database.read() as session:
+
+        def read(session: Session) -> Adapter:
             return records.to_adapters(session, [records.find_row(session, name, self._view)], self._layout.root)[0]
+
+        return self._database.remembered(("get", self._view, name), read)
 
     def find(self, public: str) -> Adapter:
         """The adapter that a user means by a name: the tenant's own one, or else one that belongs to nobody.
@@ -83,9 +85,12 @@ class PoolReader:
         Raises:
             AdapterNotFoundError: there is none of that name; the message gives names like it.
         """
-        with self._database.read() as session:
+
+        def read(session: Session) -> Adapter:
             row = records.find_public_row(session, public, self._view)
             return records.to_adapters(session, [row], self._layout.root)[0]
+
+        return self._database.remembered(("find", self._view, public), read)
 
     def public(self, adapter: Adapter) -> str:
         """The name by which a user knows an adapter: `find` gives the adapter for it."""
@@ -142,8 +147,8 @@ class PoolReader:
         row = records.pool_row(session)
         if row is None:
             raise PoolError(
-                f"the pool at {self._layout.root} was never finished. Make it with: "
-                f"loraretriever pool init --pool {self._layout.root}"
+                f"the pool at {self._layout.name} was never finished. Make it with: "
+                f"loraretriever pool init --pool {self._layout.name}"
             )
         return row
 

@@ -36,9 +36,16 @@ def pool_row(session: Session) -> PoolRow | None:
     return session.get(PoolRow, 1)
 
 
-def create_pool_row(session: Session, base_model: str, check_base: bool, spec: BaseModelSpec | None = None) -> PoolRow:
+def create_pool_row(
+    session: Session,
+    base_model: str,
+    check_base: bool,
+    spec: BaseModelSpec | None = None,
+    storage: str | None = None,
+) -> PoolRow:
     """Add the row of the pool itself."""
-    row = PoolRow(id=1, base_model=base_model, check_base=check_base, spec=spec and spec_json(spec), change=0)
+    modules = spec and spec_json(spec)
+    row = PoolRow(id=1, base_model=base_model, check_base=check_base, spec=modules, change=0, storage=storage)
     session.add(row)
     session.flush()
     return row

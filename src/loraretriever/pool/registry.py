@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -14,10 +15,18 @@ from loraretriever.pool.changes import count_change
 from loraretriever.pool.database import Database
 from loraretriever.pool.files import file_errors, locked
 from loraretriever.pool.hub import locate
-from loraretriever.pool.layout import absolute_model, check_owner, created_layout, find_layout
+from loraretriever.pool.layout import (
+    DEFAULT_DISK_BYTES,
+    absolute_model,
+    check_owner,
+    created_layout,
+    find_layout,
+    shown_location,
+)
 from loraretriever.pool.names import check_name, own_name
 from loraretriever.pool.prompts import PromptMethods
 from loraretriever.pool.samples import given_samples, printable, read_samples
+from loraretriever.pool.storage import Storage
 from loraretriever.pool.weights import DEFAULT_MAX_BYTES
 from loraretriever.types import Adapter, AdapterWeights, BaseModelSpec
 
@@ -34,48 +43,68 @@ class Pool(PromptMethods):
 
     @classmethod
     def create(
-        cls, location: str | Path, base_model: str, *, spec: BaseModelSpec | None = None, check_base: bool = True
+        cls,
+        location: str | Path,
+        base_model: str,
+        *,
+        storage: str | None = None,
+        spec: BaseModelSpec | None = None,
+        check_base: bool = True,
     ) -> Self:
         """Make a new pool.
 
         Args:
-            location: its folder; made when it is missing.
+            location: its folder, made when it is missing; or the URL of a PostgreSQL database that there is, for a
+                pool that several hosts share.
             base_model: the model that all its adapters are for: a hub id or a folder (whose absolute path is kept).
+            storage: for a shared pool, where its adapters' files go: a URL that fsspec knows, such as
+                `s3://bucket/prefix`. Credentials come from the environment.
             spec: the base model's linear modules, where the caller knows them; else they are looked up when the
                 first adapter is added.
             check_base: False adds adapters even where the base model cannot be loaded to compare shapes with.
 
         Raises:
-            PoolError: there is a pool already, or the folder cannot be written.
+            InvalidInputError: a name or a URL cannot be used.
+            PoolError: there is a pool already, or the folder, the database or the storage cannot be written.
         """
         base_model = absolute_model(base_model, "base model")
-        with file_errors(f"make a pool at {location}"):
-            layout = created_layout(location)
+        with file_errors(f"make a pool at {shown_location(location)}"):
+            layout = created_layout(location, storage)
             layout.prepare()
+            if layout.storage is not None:
+                Storage(layout.storage).probe()
             with locked(layout.state), _closed_on_error(Database(layout.database)) as database:
                 database.migrate()
                 with database.write() as session:
                     if records.pool_row(session) is not None:
-                        raise PoolError(f"there is a pool at {layout.root} already; open it, or choose another folder.")
-                    records.create_pool_row(session, base_model, check_base, spec)
+                        raise PoolError(f"there is a pool at {layout.name} already; open it, or choose another place.")
+                    records.create_pool_row(session, base_model, check_base, spec, layout.storage)
         return cls(layout, database, base_model)
 
     @classmethod
-    def open(cls, location: str | Path) -> Self:
-        """Open a pool made by `create`, or a plain folder with one PEFT folder per adapter.
+    def open(cls, location: str | Path, *, disk_bytes: int = DEFAULT_DISK_BYTES) -> Self:
+        """Open a pool made by `create`, by its folder or its URL, or a plain folder with one PEFT folder per adapter.
 
         A plain folder's adapters are registered where they lie, and changes to them are found on each opening.
+
+        Args:
+            location: the folder, or the URL of the database.
+            disk_bytes: of a shared pool, how much of its adapters' files this host keeps in the cache folder.
 
         Raises:
             PoolError: there is no pool at that place, or its database cannot be used.
         """
-        with file_errors(f"open the pool at {location}"):
-            layout = find_layout(location)
+        with file_errors(f"open the pool at {shown_location(location)}"):
+            layout = replace(find_layout(location), disk_bytes=disk_bytes)
             layout.prepare()
             with _closed_on_error(Database(layout.database)) as database:
                 if not database.is_current:
                     with locked(layout.state):
                         database.migrate()
+                if layout.url is not None:
+                    with database.read() as session:
+                        row = records.pool_row(session)
+                    layout = replace(layout, storage=row.storage if row else None)
                 pool = cls(layout, database)
                 pool.refresh()
         return pool
@@ -83,7 +112,7 @@ class Pool(PromptMethods):
     def refresh(self) -> None:
         """Register what changed in a plain folder; other pools need no refreshing."""
         if self._layout.plain:
-            with file_errors(f"read the pool at {self._layout.root}"):
+            with file_errors(f"read the pool at {self._layout.name}"):
                 self.problems = tuple(plain.refresh(self._layout, self._database))
         with self._database.read() as session:
             self.base_model = self._row(session).base_model
@@ -167,8 +196,10 @@ class Pool(PromptMethods):
                 else:
                     content.retire(session, name, self.grace_seconds)
                 records.delete_adapter(session, name)
-                unused = content.expired(session)
+                unused = content.expired(session) if self._layout.storage is None else set()
             content.delete_content(self._layout, unused)
+            if self._layout.storage is not None:
+                content.sweep(self._layout, self._database)
 
     def update(self, name: str, *, description: str | None = None, tags: Iterable[str] | None = None) -> Adapter:
         """Describe an adapter anew; what is None stays. Samples that came from its description change with it.
@@ -233,7 +264,7 @@ class Pool(PromptMethods):
                 unchecked = [row.name for row in records.current_rows(session) if not row.checked_shapes]
             if unchecked:
                 problems.append(f"the shapes of {', '.join(unchecked)} cannot be checked: {error}")
-        with file_errors(f"verify the pool at {self._layout.root}"):
+        with file_errors(f"verify the pool at {self._layout.name}"):
             problems += verify.find_problems(self._layout, self._database, self.base_model, spec)
         return problems
 

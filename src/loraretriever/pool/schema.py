@@ -22,6 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+# Names are ordered by their bytes, whatever the language of a PostgreSQL database is.
+_Name = String(256).with_variant(String(256, collation="C"), "postgresql")
+
 
 class Base(DeclarativeBase):
     """Base of all tables."""
@@ -39,6 +42,7 @@ class PoolRow(Base):
     spec: Mapped[dict[str, list[int]] | None] = mapped_column(JSON(none_as_null=True))
     change: Mapped[int]
     encoder: Mapped[str | None] = mapped_column(String(1024))  # the sentence encoder to read the pool with
+    storage: Mapped[str | None] = mapped_column(String(1024))  # the URL of the adapters' files; None: the pool's folder
 
 
 class ChangeRow(Base):
@@ -66,6 +70,7 @@ class AdapterRow(Base):
             "name",
             unique=True,
             sqlite_where=text("current"),
+            postgresql_where=text("current"),
         ),
         Index("adapters_by_digest", "digest"),
         Index("adapters_by_tenant", "tenant"),
@@ -73,7 +78,7 @@ class AdapterRow(Base):
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(256))
+    name: Mapped[str] = mapped_column(_Name)
     revision: Mapped[int]
     current: Mapped[bool]
     digest: Mapped[str] = mapped_column(String(64))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from loraretriever.errors import AdmissionError
+from loraretriever.errors import AdmissionError, PoolAwayError, PoolError
 from loraretriever.pool import records
 from loraretriever.pool.admission import admit, check_shape
+from loraretriever.pool.content import files, place_of
 from loraretriever.pool.database import Database
 from loraretriever.pool.layout import Layout
 from loraretriever.pool.schema import AdapterRow
@@ -44,8 +45,9 @@ def check_shapes(layout: Layout, database: Database, spec: BaseModelSpec) -> lis
     problems, passed = [], []
     for row in due:
         try:
-            for module, shape in module_shapes(layout.root / row.folder).items():
-                check_shape(module, shape, spec, str(layout.root / row.folder))
+            with files(layout, row.folder) as folder:
+                for module, shape in module_shapes(folder).items():
+                    check_shape(module, shape, spec, place_of(layout, row.folder))
             passed.append(row.id)
         except (AdmissionError, OSError) as error:
             problems.append(f"adapter {row.name!r}: {error}")
@@ -62,14 +64,15 @@ def check_shapes(layout: Layout, database: Database, spec: BaseModelSpec) -> lis
 
 def _adapter_problem(layout: Layout, row: AdapterRow, base_model: str, spec: BaseModelSpec | None) -> str | None:
     try:
-        admission = admit(
-            layout.root / row.folder, base_model, spec, allow_base_mismatch=row.base_mismatch, max_bytes=sys.maxsize
-        )
-    except (AdmissionError, OSError) as error:
+        with files(layout, row.folder, fresh=True) as folder:
+            admission = admit(folder, base_model, spec, allow_base_mismatch=row.base_mismatch, max_bytes=sys.maxsize)
+    except PoolAwayError:
+        raise
+    except (AdmissionError, PoolError, OSError) as error:
         return str(error)
     if admission.digest != row.digest:
         return (
-            f"the files in {layout.root / row.folder} have the SHA-256 {admission.digest}; expected {row.digest}. "
+            f"the files in {place_of(layout, row.folder)} have the SHA-256 {admission.digest}; expected {row.digest}. "
             "They were changed: remove the adapter and add it again."
         )
     return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loraretriever.errors import PoolAwayError
 from loraretriever.retrieve.encoder import Encoder
 from loraretriever.retrieve.following import embed_missing
 from loraretriever.retrieve.model import Member, Parts
@@ -15,6 +17,7 @@ from loraretriever.retrieve.snapshot import Snapshot
 from loraretriever.types import PoolEntry
 
 _PORTION = 500  # adapters read from the pool at once
+_AWAY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +81,7 @@ class Follower:
         self._state: State | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._away_until = 0.0  # by the monotonic clock: until then the pool is not asked again
 
     def for_view(self, pool: Reader) -> Follower:
         """One for a view that may see whatever this one sees: until it has learnt, it goes on from what this one has.
@@ -88,7 +92,22 @@ class Follower:
         return Follower(pool, self._shared, self._parts, folder, origin=self)
 
     def current(self) -> State:
-        """The state for the pool as it is now; what must be learnt for it is begun."""
+        """The state for the pool as it is now; what must be learnt for it is begun.
+
+        While a shared pool's database is away, it is the last one.
+        """
+        state = self._state
+        if state is not None and time.monotonic() < self._away_until:
+            return state
+        try:
+            return self._current()
+        except PoolAwayError:
+            if state is None:
+                raise
+            self._away_until = time.monotonic() + _AWAY_SECONDS
+            return state
+
+    def _current(self) -> State:
         state = self._state
         if state is not None and state.change == self.pool.change:
             return state
@@ -104,7 +123,7 @@ class Follower:
             LoraRetrieverError: a new encoder cannot be used, or the pool cannot be read.
         """
         while True:
-            self.current()
+            self._current()
             with self._lock:
                 failure, self._failure = self._failure, None
                 if failure is None:

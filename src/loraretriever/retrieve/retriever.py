@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Protocol
 
+from loraretriever.errors import PoolAwayError
 from loraretriever.retrieve.encoder import Encoder, Vectors, count_tokens
 from loraretriever.retrieve.explain import Explanation
 from loraretriever.retrieve.following import check_names, check_request, check_texts, embed_missing
@@ -98,12 +100,14 @@ class PaperRetriever:
 
     def _current(self) -> tuple[MeanIndex, dict[str, PoolEntry]]:
         with self._lock:
-            change = self._pool.change
-            if change != self._change:
-                embed_missing(self._pool, self._encoder)
-                _, entries = self._pool.entries(self._encoder.tag)
-                whole = {name: entry.vectors for name, entry in entries.items() if entry.vectors is not None}
-                self._index, self._entries, self._change = MeanIndex(whole), entries, change
+            # While a shared pool's database is away, what is known stays in force.
+            with nullcontext() if self._change is None else suppress(PoolAwayError):
+                change = self._pool.change
+                if change != self._change:
+                    embed_missing(self._pool, self._encoder)
+                    _, entries = self._pool.entries(self._encoder.tag)
+                    whole = {name: entry.vectors for name, entry in entries.items() if entry.vectors is not None}
+                    self._index, self._entries, self._change = MeanIndex(whole), entries, change
             return self._index, self._entries
 
 

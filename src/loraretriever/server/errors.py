@@ -20,6 +20,7 @@ from loraretriever.errors import (
     LoraRetrieverError,
     ModelLoadError,
     OverloadedError,
+    PoolAwayError,
 )
 from loraretriever.server.metrics import Reason
 
@@ -127,6 +128,10 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ModelLoadError):
         _log.error("a model cannot be loaded: %s", error)
         return ApiError(503, "a model that this needs cannot be loaded; the server's log says why.", code="loading")
+    if isinstance(error, PoolAwayError):
+        _log.error("%s", error)
+        message = "the pool cannot be reached now; send the request again soon."
+        return ApiError(503, message, code="pool_away", retry_after=RETRY_SECONDS)
     if isinstance(error, LoraRetrieverError):
         _log.error("%s: %s", type(error).__name__, error)
         return ApiError(500, "the server failed to do this; its log says why. The same request may be sent again.")

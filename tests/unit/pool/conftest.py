@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraretriever.pool import Pool
-from tiny import TINY_BASE, TINY_SPEC
+from places import Place
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    with Pool.create(tmp_path / "pool", TINY_BASE, spec=TINY_SPEC) as pool:
+def pool(place: Place) -> Iterator[Pool]:
+    with place.create() as pool:
         yield pool

@@ -11,11 +11,8 @@ from sqlalchemy import text
 
 from loraretriever.errors import AdapterNotFoundError
 from loraretriever.pool import AddChange, Pool, content
+from places import contents
 from tiny import TINY_SPEC, write_peft_folder
-
-
-def contents(pool: Pool) -> set[str]:
-    return {folder.name for folder in (pool.location / "adapters").iterdir()}
 
 
 def end_grace(pool: Pool) -> None:

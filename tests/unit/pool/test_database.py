@@ -2,21 +2,36 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import URL, create_engine, inspect, text
 
 from loraretriever.errors import PoolError
 from loraretriever.pool import Pool
+from loraretriever.pool import database as database_module
 from loraretriever.pool.database import HEAD_REVISION, Database
+from loraretriever.pool.postgres import parse_url
 from loraretriever.pool.schema import Base
+from places import KINDS, Place
+from postgres_server import PostgresServer
 from tiny import TINY_BASE, TINY_SPEC
 
 
+@pytest.fixture(params=KINDS)
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Path | URL:
+    """A database without tables."""
+    if request.param == "sqlite":
+        return tmp_path / "pool.db"
+    return parse_url(request.getfixturevalue("postgres").new_database(migrated=False))
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Database:
-    return Database(tmp_path / "pool.db")
+def database(empty: Path | URL) -> Iterator[Database]:
+    database = Database(empty)
+    yield database
+    database.close()
 
 
 def test_the_newest_revision_is_the_one_known_here() -> None:
@@ -27,7 +42,7 @@ def test_the_newest_revision_is_the_one_known_here() -> None:
     assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_heads() == [HEAD_REVISION]
 
 
-def test_migrations_make_the_tables_of_the_schema(database: Database, tmp_path: Path) -> None:
+def test_migrations_make_the_tables_of_the_schema(database: Database, empty: Path | URL) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -35,25 +50,43 @@ def test_migrations_make_the_tables_of_the_schema(database: Database, tmp_path: 
     database.migrate()
     database.migrate()
     assert database.is_current
-    database.close()
-    engine = create_engine(f"sqlite:///{tmp_path / 'pool.db'}")
+    engine = create_engine(empty if isinstance(empty, URL) else f"sqlite:///{empty}")
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
-        names = [index["name"] for index in inspect(connection).get_indexes("adapters")]
-        assert sorted(map(str, names)) == ["adapters_by_digest", "adapters_by_tenant", "one_current_revision"]
-        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        names = {str(index["name"]) for index in inspect(connection).get_indexes("adapters")}
+        assert names - {"one_row_per_revision"} == {"adapters_by_digest", "adapters_by_tenant", "one_current_revision"}
+        if isinstance(empty, Path):
+            assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     engine.dispose()
 
 
-def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    Pool.create(tmp_path, TINY_BASE).close()
-    database = Database(tmp_path / "pool.db")
-    with database.write() as session:
-        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+@pytest.mark.postgres
+def test_the_way_back_in_postgres(postgres: PostgresServer) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    url = parse_url(postgres.new_database())
+    config = Config()
+    config.set_main_option("script_location", str(Path(database_module.__file__).parent / "migrations"))
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+        assert inspect(connection).get_table_names() == ["alembic_version"]
+        assert connection.execute(text("SELECT count(*) FROM pg_proc WHERE proname ~ 'loraretriever'")).scalar() == 0
+    engine.dispose()
+    database = Database(url)
+    database.migrate()
+    assert database.is_current
     database.close()
+
+
+def test_a_database_of_a_newer_version_is_refused(place: Place) -> None:
+    with place.create() as pool, pool._database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(PoolError, match="upgrade the package"):
-        Pool.open(tmp_path)
+        Pool.open(place.location)
 
 
 def test_a_creation_that_was_cut_short_can_be_done_again(tmp_path: Path) -> None:
@@ -67,14 +100,13 @@ def test_a_creation_that_was_cut_short_can_be_done_again(tmp_path: Path) -> None
 def test_a_failed_write_changes_nothing(database: Database) -> None:
     database.migrate()
     with pytest.raises(PoolError, match="single_pool"), database.write() as session:
-        session.execute(text("INSERT INTO pool VALUES (1, 'm', 1, NULL, 0, NULL)"))
-        session.execute(text("INSERT INTO pool VALUES (2, 'm', 1, NULL, 0, NULL)"))
+        session.execute(text("INSERT INTO pool VALUES (1, 'm', true, NULL, 0, NULL, NULL)"))
+        session.execute(text("INSERT INTO pool VALUES (2, 'm', true, NULL, 0, NULL, NULL)"))
     with database.read() as session:
         assert session.execute(text("SELECT count(*) FROM pool")).scalar() == 0
-    database.close()
 
 
-def test_processes_that_create_and_open_at_once(tmp_path: Path) -> None:
+def test_processes_that_create_and_open_at_once(empty: Path | URL, tmp_path: Path) -> None:
     """Of several that create the same pool one succeeds; several that open a plain folder first all do."""
     from tiny import write_peft_folder
 
@@ -84,20 +116,24 @@ from loraretriever.errors import PoolError
 from loraretriever.pool import Pool
 print("ready", flush=True)
 sys.stdin.readline()
+location, plain, storage = sys.argv[1:]
 made = 0
 try:
-    Pool.create(sys.argv[1], "m").close()
+    Pool.create(location, "m", storage=storage or None).close()
     made = 1
 except PoolError as error:
     assert "already" in str(error), error
-with Pool.open(sys.argv[1]) as pool:
+with Pool.open(location) as pool:
     assert pool.base_model == "m"
-with Pool.open(sys.argv[2]) as pool:
+with Pool.open(plain) as pool:
     print(made, len(pool.list()), pool.change, *pool.problems)
 """
     for name in ("a", "b"):
         write_peft_folder(tmp_path / "plain" / name)
-    command = [sys.executable, "-c", script, str(tmp_path / "pool"), str(tmp_path / "plain")]
+    location, storage = str(tmp_path / "pool"), ""
+    if isinstance(empty, URL):
+        location, storage = empty.render_as_string().replace("+psycopg", ""), f"file://{tmp_path}/storage"
+    command = [sys.executable, "-c", script, location, str(tmp_path / "plain"), storage]
     workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for worker in workers:
         assert worker.stdout and worker.stdout.readline() == "ready\n"

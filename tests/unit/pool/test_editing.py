@@ -18,6 +18,7 @@ import pytest
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
 from loraretriever.pool import AddChange, Pool, editing, layout
 from loraretriever.types import Sample
+from places import KINDS, make_place
 from tiny import TINY_SPEC, write_peft_folder
 
 
@@ -31,16 +32,16 @@ def plain(tmp_path: Path) -> Iterator[Pool]:
         yield pool
 
 
-@pytest.fixture(params=["made", "plain"])
-def any_pool(request: pytest.FixtureRequest, tmp_path: Path) -> Pool:
-    """A pool of either kind: adapter a with samples x and y, adapter derived with one from its card."""
+@pytest.fixture(params=[*KINDS, "plain"])
+def any_pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
+    """A pool of any kind: adapter a with samples x and y, adapter derived with one from its card."""
     if request.param == "plain":
-        found: Pool = request.getfixturevalue("plain")
-        return found
-    pool: Pool = request.getfixturevalue("pool")
-    pool.add(write_peft_folder(tmp_path / "a"), samples=["x", "y"])
-    pool.add(write_peft_folder(tmp_path / "derived", seed=1, card="Does this.\n"))
-    return pool
+        yield request.getfixturevalue("plain")
+        return
+    with make_place(request, tmp_path, request.param).create() as pool:
+        pool.add(write_peft_folder(tmp_path / "a"), samples=["x", "y"])
+        pool.add(write_peft_folder(tmp_path / "derived", seed=1, card="Does this.\n"))
+        yield pool
 
 
 def lines(pool: Pool, name: str) -> list[dict[str, Any]]:

@@ -10,19 +10,20 @@ import pytest
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
 from loraretriever.pool import Pool, feedback, layout
 from loraretriever.types import Feedback, Sample
+from places import KINDS, make_place
 from tiny import TINY_SPEC, write_peft_folder
 
 NAMES = ("a", "b", "c")
 
 
-@pytest.fixture(params=["made", "plain"])
+@pytest.fixture(params=[*KINDS, "plain"])
 def taught(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
-    """A pool of either kind, with three adapters."""
-    if request.param == "made":
-        pool: Pool = request.getfixturevalue("pool")
-        for seed, name in enumerate(NAMES):
-            pool.add(write_peft_folder(tmp_path / name, seed=seed), samples=["x"])
-        yield pool
+    """A pool of any kind, with three adapters."""
+    if request.param != "plain":
+        with make_place(request, tmp_path, request.param).create() as pool:
+            for seed, name in enumerate(NAMES):
+                pool.add(write_peft_folder(tmp_path / name, seed=seed), samples=["x"])
+            yield pool
         return
     for seed, name in enumerate(NAMES):
         write_peft_folder(tmp_path / "plain" / name, seed=seed, samples=["x"])

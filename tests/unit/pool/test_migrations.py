@@ -114,13 +114,14 @@ def second(first: Path) -> Path:
 
 
 def everything(file: Path) -> dict[str, list[tuple[object, ...]]]:
-    """The rows of all tables, the ids that come next, and the indexes, but what revision 0003 adds."""
-    tables = ("pool", "adapters", "samples", "embeddings", "encoders", "feedback")
+    """The rows of all tables, the ids that come next, and the indexes, but what later revisions add."""
+    tables = ("adapters", "samples", "embeddings", "encoders", "feedback")
     found = {table: rows(file, f"SELECT rowid, * FROM {table}") for table in tables}
+    found["pool"] = rows(file, "SELECT id, base_model, check_base, spec, change, encoder FROM pool")
     found["changes"] = rows(file, "SELECT id, change, adapter FROM changes")
     found["sequences"] = sorted(rows(file, "SELECT * FROM sqlite_sequence"))
     indexes = rows(file, "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name")
-    found["indexes"] = [each for each in indexes if each[1] in tables and each[0] != "adapters_by_tenant"]
+    found["indexes"] = [each for each in indexes if each[1] in found and each[0] != "adapters_by_tenant"]
     return found
 
 

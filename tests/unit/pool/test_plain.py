@@ -224,7 +224,7 @@ def test_admission_holds_no_transaction(folder: Path, monkeypatch: pytest.Monkey
             return admission.admit(*args, **options)
 
         monkeypatch.setattr("loraretriever.pool.plain.admit", admit)
-        monkeypatch.setattr("loraretriever.pool.database._BUSY_SECONDS", 1.0)
+        monkeypatch.setattr("loraretriever.pool.sqlite._BUSY_SECONDS", 1.0)
         pool.refresh()
         assert (names(pool), seen, pool.get("a").enabled) == (["a", "b", "c"], ["c"], False)
 

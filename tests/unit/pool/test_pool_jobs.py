@@ -32,7 +32,7 @@ def age(pool: Pool, seconds: float, column: str = "heartbeat") -> None:
     """As if this much time had passed."""
     with pool._database.write() as session:
         for id_, then in session.execute(text(f"SELECT id, {column} FROM jobs")).all():
-            before = datetime.fromisoformat(then) - timedelta(seconds=seconds)
+            before = datetime.fromisoformat(str(then)) - timedelta(seconds=seconds)
             session.execute(text(f"UPDATE jobs SET {column} = :t WHERE id = :id"), {"t": str(before), "id": id_})
 
 

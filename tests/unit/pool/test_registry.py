@@ -1,22 +1,21 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from loraretriever.errors import AdapterNotFoundError, AdmissionError, InvalidInputError, ModelLoadError, PoolError
 from loraretriever.pool import AddChange, Pool
+from loraretriever.pool.schema import RemovedRow
 from loraretriever.types import BaseModelSpec, Sample
+from places import Place, contents, stored
 from tiny import LAYERS, TINY_BASE, TINY_SPEC, lora_tensors, write_peft_folder
-
-
-def contents(pool: Pool) -> set[str]:
-    return {folder.name for folder in (pool.location / "adapters").iterdir()}
 
 
 def test_an_added_adapter_can_be_read(pool: Pool, tmp_path: Path) -> None:
@@ -34,7 +33,7 @@ def test_an_added_adapter_can_be_read(pool: Pool, tmp_path: Path) -> None:
     assert (adapter.ranks, adapter.targets, adapter.samples) == ((2, 4), ("q_proj", "v_proj"), 2)
     assert (adapter.base_model, adapter.source) == (TINY_BASE, str(source))
     assert (adapter.description, adapter.tags) == ("Writes SQL.", ("code", "x"))
-    assert adapter.folder == pool.location / "adapters" / adapter.digest
+    assert adapter.folder == pool.state_folder / "adapters" / adapter.digest
     assert adapter.created.utcoffset() is not None
     assert pool.samples("sql") == [Sample("b"), Sample("a")]
     weights = pool.weights("sql")
@@ -54,7 +53,7 @@ def test_the_source_is_not_needed_afterwards(pool: Pool, tmp_path: Path) -> None
     for file in source.iterdir():
         file.unlink()
     assert pool.verify() == []
-    assert sorted(file.name for file in adapter.folder.iterdir()) == [
+    assert sorted(file.name for file in stored(pool, adapter.digest).iterdir()) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -171,7 +170,7 @@ def test_a_refused_adapter_leaves_nothing(pool: Pool, tmp_path: Path) -> None:
         pool.add(source)
     assert pool.list() == []
     assert pool.change == change
-    assert list((pool.location / "staging").iterdir()) == []
+    assert list((pool.state_folder / "staging").iterdir()) == []
 
 
 def test_another_base_model_is_accepted_on_demand(pool: Pool, tmp_path: Path) -> None:
@@ -186,37 +185,48 @@ def test_verify_finds_what_is_wrong(pool: Pool, tmp_path: Path) -> None:
     adapters = {
         name: pool.add(write_peft_folder(tmp_path / name, seed=seed)).adapter for seed, name in enumerate("abc")
     }
-    file = adapters["a"].folder / "adapter_model.safetensors"
+    file = stored(pool, adapters["a"].digest) / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x3d")
-    (adapters["b"].folder / "adapter_config.json").unlink()
-    with sqlite3.connect(pool.location / "pool.db") as connection:
-        connection.execute("DELETE FROM samples WHERE adapter_id = (SELECT id FROM adapters WHERE name = 'c')")
-    connection.close()
+    (stored(pool, adapters["b"].digest) / "adapter_config.json").unlink()
+    with pool._database.write() as session:
+        session.execute(text("DELETE FROM samples WHERE adapter_id = (SELECT id FROM adapters WHERE name = 'c')"))
     problems = sorted(pool.verify())
     assert len(problems) == 3
     assert "adapter 'a': the files in" in problems[0]
-    assert "adapter_config.json is missing" in problems[1]
+    assert "adapter 'b': " in problems[1]
+    assert "adapter_config.json" in problems[1]
     assert "adapter 'c' has no samples" in problems[2]
+
+
+def promised(pool: Pool, digest: str) -> None:
+    """Files as an add leaves them that was killed before it committed, long ago."""
+    stored(pool, digest).mkdir()
+    (stored(pool, digest) / "adapter_config.json").touch()
+    if pool._layout.storage is not None:
+        with pool._database.write() as session:
+            session.add(RemovedRow(name="", digest=digest, folder="", expires=datetime(2000, 1, 1)))
 
 
 def test_leftovers_of_killed_adds_are_no_problem_and_are_swept(pool: Pool, tmp_path: Path) -> None:
     pool.add(write_peft_folder(tmp_path / "a"))
-    (pool.location / "staging" / "unfinished-dead").mkdir()
-    (pool.location / "staging" / "unfinished-dead" / "adapter_config.json").touch()
-    (pool.location / "adapters" / ("0" * 64)).mkdir()
+    (pool.state_folder / "staging" / "unfinished-dead").mkdir()
+    (pool.state_folder / "staging" / "unfinished-dead" / "adapter_config.json").touch()
+    promised(pool, "0" * 64)
     assert pool.verify() == []
     pool.add(write_peft_folder(tmp_path / "b", seed=1))
-    assert list((pool.location / "staging").iterdir()) == []
+    assert list((pool.state_folder / "staging").iterdir()) == []
     assert "0" * 64 not in contents(pool)
 
 
-def test_what_is_not_the_pools_is_never_swept(pool: Pool, tmp_path: Path) -> None:
+def test_what_is_not_the_pools_is_never_swept(tmp_path: Path) -> None:
+    pool = Place(tmp_path / "pool").create()
     for folder in ("adapters", "staging"):
         write_peft_folder(pool.location / folder / "sql")
     assert pool.add(pool.location / "adapters/sql").change is AddChange.ADDED
     pool.remove("sql")
     assert (pool.location / "adapters/sql/adapter_model.safetensors").exists()
     assert (pool.location / "staging/sql/adapter_model.safetensors").exists()
+    pool.close()
 
 
 @pytest.mark.parametrize("folder", ["adapters", "staging"])
@@ -229,7 +239,7 @@ def test_no_pool_is_made_over_folders_it_would_use(tmp_path: Path, folder: str) 
 
 def test_lost_or_damaged_files_are_repaired(pool: Pool, tmp_path: Path) -> None:
     source = write_peft_folder(tmp_path / "a")
-    folder = pool.add(source).adapter.folder
+    folder = stored(pool, pool.add(source).adapter.digest)
     shutil.rmtree(folder)
     assert pool.add(source).change is AddChange.REPAIRED
     assert pool.verify() == []
@@ -248,7 +258,8 @@ def test_weights_of_an_earlier_revision(pool: Pool, tmp_path: Path) -> None:
     for adapter in (first, second):
         assert pool.weights("a", adapter.digest).digest == adapter.digest
     assert pool.weights("a").digest == second.digest
-    shutil.rmtree(first.folder)
+    shutil.rmtree(stored(pool, first.digest))
+    shutil.rmtree(first.folder, ignore_errors=True)
     for digest in (first.digest, "0" * 64, "../a"):
         with pytest.raises(AdapterNotFoundError, match="was revised or removed meanwhile"):
             pool.weights("a", digest)
@@ -355,9 +366,10 @@ def test_shapes_of_another_base_model_are_not_kept(tmp_path: Path) -> None:
         assert pool.check_shapes(other) == []
 
 
-def test_creation_refuses_what_is_there(pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("pool")
+def test_creation_refuses_what_is_there(place: Place, tmp_path: Path) -> None:
     with pytest.raises(PoolError, match="already"):
-        Pool.create(pool.location, TINY_BASE)
+        place.create()
     write_peft_folder(tmp_path / "plain" / "a")
     with pytest.raises(PoolError, match="is a pool as it is"):
         Pool.create(tmp_path / "plain", TINY_BASE)
@@ -375,8 +387,10 @@ def test_opening_tells_what_is_missing(tmp_path: Path) -> None:
         Pool.open(tmp_path)
     with pytest.raises(PoolError, match="single adapter"):
         Pool.open(write_peft_folder(tmp_path / "a"))
-    with pytest.raises(PoolError, match="is a URL"):
-        Pool.open("postgresql://host/pool")
+    for url in ("mysql://user:secret@host/pool", "https://host/pool", "postgresql://host"):
+        with pytest.raises(InvalidInputError, match="expected postgresql://USER@HOST/DATABASE") as caught:
+            Pool.open(url)
+        assert "secret" not in str(caught.value)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/pool.db").write_bytes(b"not a database" * 100)
     with pytest.raises(PoolError, match=r"pool\.db cannot be used: file is not a database"):

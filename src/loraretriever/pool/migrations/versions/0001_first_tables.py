@@ -43,7 +43,10 @@ def upgrade() -> None:
         sa.UniqueConstraint("name", "revision", name="one_row_per_revision"),
         sqlite_autoincrement=True,
     )
-    op.create_index("one_current_revision", "adapters", ["name"], unique=True, sqlite_where=sa.text("current"))
+    current = sa.text("current")
+    op.create_index(
+        "one_current_revision", "adapters", ["name"], unique=True, sqlite_where=current, postgresql_where=current
+    )
     op.create_table(
         "samples",
         sa.Column("id", sa.Integer, primary_key=True),

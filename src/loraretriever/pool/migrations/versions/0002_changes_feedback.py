@@ -27,8 +27,8 @@ def upgrade() -> None:
         sa.Column("tag", sa.String(512), primary_key=True, nullable=False),
         sa.Column("stored", sa.Integer, nullable=False),
     )
-    # SQLite numbers the rows in the order they were inserted.
-    op.execute("INSERT INTO encoders (tag, stored) SELECT encoder, max(rowid) FROM embeddings GROUP BY encoder")
+    if op.get_bind().dialect.name == "sqlite":  # which numbers the rows in the order they were inserted
+        op.execute("INSERT INTO encoders (tag, stored) SELECT encoder, max(rowid) FROM embeddings GROUP BY encoder")
     op.create_table(
         "feedback",
         sa.Column("id", sa.Integer, primary_key=True),

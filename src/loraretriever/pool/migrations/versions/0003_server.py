@@ -69,6 +69,11 @@ def downgrade() -> None:
 
 
 def _set_length(old: int, new: int) -> None:
+    if op.get_bind().dialect.name != "sqlite":
+        for table, columns in _NAMES.items():
+            for column in columns:
+                op.alter_column(table, column, type_=sa.String(new), existing_type=sa.String(old))
+        return
     # SQLite cannot change a column: the table is made anew, and its sequence of ids goes on. `Database.migrate`
     # has foreign keys off meanwhile, or samples would go with the adapters' old table.
     connection = op.get_bind()
