@@ -14,7 +14,7 @@ from loraretriever.compose.strategies import compose_explicit
 from loraretriever.engine.base import Engine
 from loraretriever.evaluate.engine_workloads import Job
 from loraretriever.models import BaseModel
-from loraretriever.types import BASE_COMPOSITION, Composition, Generation, Request, Sampling
+from loraretriever.types import BASE_COMPOSITION, Composition, EngineStats, Generation, Request, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,10 @@ class OurEngine:
             delays.append(time.perf_counter() - start - job.arrival)
             streams.append(self._engine.submit(request))
         return [_served(stream.result()[0], delay) for stream, delay in zip(streams, delays, strict=True)]
+
+    def stats(self) -> EngineStats:
+        """The engine's."""
+        return self._engine.stats()
 
     def close(self) -> None:
         """Stop the engine, then close where its adapters come from."""

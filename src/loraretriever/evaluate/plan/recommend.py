@@ -1,0 +1,123 @@
+"""The smallest deployment that meets a target, and how figures change with the rate and with the slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from loraretriever.evaluate.plan.costs import StepCosts
+from loraretriever.evaluate.plan.figures import Figures, evaluate
+from loraretriever.evaluate.plan.fleet import TRAINED, Deployment
+from loraretriever.evaluate.plan.workload import Call
+
+MOST_BUSY = 0.95  # above it a queue that grows slowly may go unseen in a simulation of finite length
+RATES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # relative to the one asked for
+_MOST_REPLICAS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The fewest replicas that meet the target, with the fewest slots and the least host memory that still do."""
+
+    deployment: Deployment
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The figures at another rate (requests a second) or number of slots."""
+
+    value: float
+    figures: Figures
+
+
+class Search:
+    """Simulates deployments for the same requests, each once."""
+
+    def __init__(self, costs: StepCosts, calls: Sequence[Call], warm_up: float, advance: Callable[[], None]) -> None:
+        """`advance` is called after each simulation."""
+        self._costs, self._calls, self._warm_up, self._advance = costs, calls, warm_up, advance
+        self._known: dict[Deployment, Figures] = {}
+
+    def figures(self, deployment: Deployment) -> Figures:
+        """Of one deployment."""
+        if deployment not in self._known:
+            self._known[deployment] = evaluate(deployment, self._costs, self._calls, self._warm_up)
+            self._advance()
+        return self._known[deployment]
+
+    def meets(self, deployment: Deployment, target: float) -> bool:
+        """Whether it answers all, 95 % of them within `target` seconds, and is not busy nearly all of the time."""
+        found = self.figures(deployment)
+        is_fast = found.seconds is not None and found.seconds.p95 <= target
+        return is_fast and not found.refused and found.busy <= MOST_BUSY
+
+    def recommend(self, deployment: Deployment, target: float) -> Recommendation | None:
+        """The smallest deployment like this one that meets the target; None if no number of replicas does."""
+        best: Deployment | None = None
+        for slots in _powers(_least_slots(deployment, self._calls), _adapters(self._calls)):
+            at_most = best.replicas if best is not None else _MOST_REPLICAS
+            found = self._fewest_replicas(_with(deployment, slots=slots), target, at_most)
+            if found is not None and (best is None or found.replicas < best.replicas):
+                best = found
+        if best is None:
+            return None
+        for host in _powers(best.sizes.slots, best.sizes.host):
+            smaller = _with(best, host=host)
+            if host < best.sizes.host and self.meets(smaller, target):
+                best = smaller
+                break
+        return Recommendation(best, self.figures(best))
+
+    def _fewest_replicas(self, deployment: Deployment, target: float, at_most: int) -> Deployment | None:
+        """Doubled until the target is met, then halved intervals; at a number that is no use for the requests, none."""
+        low, high = 0, 1
+        most = min(at_most, len(self._calls))
+        while not self.meets(replace(deployment, replicas=high), target):
+            if high >= most:
+                return None
+            low, high = high, min(2 * high, most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.meets(replace(deployment, replicas=middle), target):
+                high = middle
+            else:
+                low = middle
+        return replace(deployment, replicas=high)
+
+    def by_rate(self, deployment: Deployment, rate: float) -> list[Point]:
+        """The figures at `RATES` times the rate, which is that of the requests."""
+        points = []
+        for factor in RATES:
+            calls = [replace(call, arrival=call.arrival / factor) for call in self._calls]
+            points.append(Point(factor * rate, evaluate(deployment, self._costs, calls, self._warm_up)))
+            self._advance()
+        return points
+
+    def by_slots(self, deployment: Deployment) -> list[Point]:
+        """The figures with other numbers of slots."""
+        sizes = _powers(_least_slots(deployment, self._calls), _adapters(self._calls))
+        return [Point(slots, self.figures(_with(deployment, slots=slots))) for slots in sizes]
+
+
+_MOST_SLOTS = 512
+
+
+def _adapters(calls: Sequence[Call]) -> int:
+    """How many different ones there are, but no more than a replica has slots for."""
+    return min(_MOST_SLOTS, len({adapter for call in calls for adapter in call.adapters}))
+
+
+def _least_slots(deployment: Deployment, calls: Sequence[Call]) -> int:
+    """What the request with the most adapters needs."""
+    return max(1, max(len(call.adapters) for call in calls) + (deployment.strategy in TRAINED))
+
+
+def _powers(least: int, most: int) -> list[int]:
+    """The least, powers of two in between, the most."""
+    powers = [1 << exponent for exponent in range(least.bit_length(), max(most, least).bit_length() + 1)]
+    return sorted({least, *(power for power in powers if least < power < most), max(least, most)})
+
+
+def _with(deployment: Deployment, **sizes: int) -> Deployment:
+    return replace(deployment, sizes=replace(deployment.sizes, **sizes))
