@@ -128,14 +128,14 @@ def measure(options: Options, advance: Callable[[], None] = lambda: None) -> Mea
         ModelLoadError: the base model cannot be loaded.
     """
     with opened(options, ADAPTERS) as bench:
-        seconds = _time_cases(bench, options, advance)
-        write, load, adapter = _time_loads(bench, options)
+        seconds = _time_rounds(bench, options, advance)
+        write, load, adapter = time_loads(bench, options)
         advance()
-    costs, errors = fit_costs(options.cases, [statistics.median(times) for times in seconds])
+    costs, errors = fit_costs(options.cases, seconds)
     return MeasuredMachine(
         costs=replace(costs, write=write, load=load),
         footprint=Footprint(bench.weights, adapter, bench.token),
-        fit=Fit(tuple(statistics.median(times) for times in seconds), errors),
+        fit=Fit(tuple(seconds), errors),
         environment=environment(),
         base_model=bench.base.name,
         dtype=options.dtype,
@@ -212,28 +212,33 @@ def opened(options: Options, adapters: int) -> Iterator[Bench]:
         yield Bench(base, stack.enter_context(Pool.open(folder / "pool")), names)
 
 
-def _time_cases(bench: Bench, options: Options, advance: Callable[[], None]) -> list[list[float]]:
-    """Seconds of each case in each round, after one that loads adapters and warms up."""
-    seconds: list[list[float]] = [[] for _ in options.cases]
-    sizes = _sizes(options.cases)
-    with closing(bench.engine(sizes, _MIB * 1024)) as engine:
+def time_cases(bench: Bench, engine: OurEngine, cases: Sequence[Case], seed: Sequence[int]) -> Iterator[float]:
+    """The seconds of each case."""
+    for place, case in enumerate(cases):
+        jobs = bench.jobs(case.calls(), (*seed, place))
+        yield max(served.seconds for served in engine.run(jobs))
+
+
+def _time_rounds(bench: Bench, options: Options, advance: Callable[[], None]) -> list[float]:
+    """The median seconds of each case, after a round that loads adapters and warms up."""
+    rounds = []
+    with closing(bench.engine(sizes_for(options.cases), 1024 * _MIB)) as engine:
         for round_ in range(options.rounds + 1):
-            for place, case in enumerate(options.cases):
-                jobs = bench.jobs(case.calls(), (options.seed, round_, place))
-                taken = max(served.seconds for served in engine.run(jobs))
-                if round_:
-                    seconds[place].append(taken)
+            seconds = []
+            for taken in time_cases(bench, engine, options.cases, (options.seed, round_)):
+                seconds.append(taken)
                 advance()
-    return seconds
+            rounds.append(seconds)
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
 
 
-def _time_loads(bench: Bench, options: Options) -> tuple[float, float, int]:
+def time_loads(bench: Bench, options: Options) -> tuple[float, float, int]:
     """Seconds to copy an adapter into a slot, and to load it from disk before that; its bytes in host memory.
 
     From requests of one token, one at a time: the same adapter again and again, others that are in host memory, and
     others that are not.
     """
-    sizes = replace(_sizes(options.cases), slots=_LOAD_SLOTS)
+    sizes = replace(sizes_for(options.cases), slots=_LOAD_SLOTS)
     same = [0] * len(bench.names)
     others = list(range(len(bench.names)))
     with closing(bench.engine(sizes, 1024 * _MIB)) as engine:
@@ -256,7 +261,8 @@ def _times_alone(bench: Bench, engine: OurEngine, adapters: Sequence[int], seed:
     return seconds
 
 
-def _sizes(cases: Sequence[Case]) -> ReplicaSizes:
+def sizes_for(cases: Sequence[Case]) -> ReplicaSizes:
+    """Those of an engine in which nothing waits."""
     rows = max(case.rows for case in cases)
     longest = max(case.prompt + case.answer for case in cases)
     return ReplicaSizes(slots=ADAPTERS, host=ADAPTERS, batch_size=rows, cache_tokens=2 * rows * longest)
@@ -267,7 +273,7 @@ def fit_costs(cases: Sequence[Case], seconds: Sequence[float]) -> tuple[StepCost
 
     Semantics: minimises Σ_i (Σ_j cost_j count_ij / seconds_i - 1)² over costs of 0 or more.
     """
-    counts = np.array([_counts(case, _sizes(cases)) for case in cases])
+    counts = np.array([_counts(case, sizes_for(cases)) for case in cases])
     relative = counts / np.array(seconds)[:, None]
     scale = relative.max(axis=0)
     scale[scale == 0] = 1.0

@@ -1,0 +1,180 @@
+"""The simulation of `loraretriever plan` beside the local engine: the same requests, at several loads.
+
+    python benchmarks/validate_plan.py --threads 1 --rounds 2
+
+Each round times the batches from which `plan --measure` fits what steps take, and then answers each load's requests
+as they arrive, with empty caches. The simulation gets the costs of all rounds' medians, and no number of the loads'
+own runs. One JSON line per load: figures measured in each round, figures simulated, and how far the simulated ones
+are from the mean of the rounds (relative; of hit rates the difference), beside how far the rounds are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import SEED, Output
+from loraretriever.engine.memory import keep_freed_memory
+from loraretriever.evaluate.demo import demo_folder
+from loraretriever.evaluate.plan.costs import StepCosts
+from loraretriever.evaluate.plan.figures import evaluate, times
+from loraretriever.evaluate.plan.fleet import Deployment
+from loraretriever.evaluate.plan.measure import (
+    CASES,
+    Bench,
+    Options,
+    fit_costs,
+    opened,
+    sizes_for,
+    time_cases,
+    time_loads,
+)
+from loraretriever.evaluate.plan.replica import ReplicaSizes
+from loraretriever.evaluate.plan.workload import Lengths, Workload
+
+POOL = 64
+RATES = ("slot_hit_rate", "host_hit_rate")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests, and the sizes of the engine that answers them."""
+
+    workload: Workload
+    sizes: ReplicaSizes
+
+
+def loads(requests: int) -> dict[str, Load]:
+    """Light, medium and heavy traffic, three adapters a request, few slots, and more than it can answer at once."""
+    base = Workload(
+        rate=2.0, requests=requests, pool=POOL, k=1, prompt=Lengths(16, 128), answer=Lengths(8, 48), seed=SEED
+    )
+    sizes = ReplicaSizes(slots=8, host=24, batch_size=16, cache_tokens=16384)
+    few = replace(sizes, slots=4, host=12)
+    return {
+        "light": Load(replace(base, rate=1.0), sizes),
+        "medium": Load(base, sizes),
+        "heavy": Load(replace(base, rate=3.0), sizes),
+        "three adapters": Load(replace(base, k=3), sizes),
+        "four slots": Load(base, few),
+        "four slots, all alike": Load(replace(base, zipf=0.0), few),
+        "overload": Load(replace(base, rate=6.0), few),
+    }
+
+
+def run(bench: Bench, load: Load, adapter: int) -> dict[str, float]:
+    """What the engine does with a load's requests."""
+    calls = load.workload.calls()
+    jobs = bench.jobs(calls, (SEED, 7))
+    host_mib = -(-load.sizes.host * adapter // MIB)
+    with closing(bench.engine(load.sizes, host_mib * MIB)) as engine:
+        served = engine.run(jobs)
+        stats = engine.stats()
+    seconds = times([one.seconds for one in served])
+    end = max(job.arrival + one.seconds for job, one in zip(jobs, served, strict=True))
+    return {
+        "requests_per_second": len(jobs) / (end - jobs[0].arrival),
+        "seconds_mean": seconds.mean,
+        "seconds_p50": seconds.p50,
+        "seconds_p95": seconds.p95,
+        "first_token_mean": statistics.mean(one.first_token_seconds or 0.0 for one in served),
+        "slot_hit_rate": stats.adapter_hits / (stats.adapter_hits + stats.slot_loads),
+        "host_hit_rate": max(0.0, 1 - stats.adapter_loads / stats.slot_loads),
+        "rows": stats.step_sequences / stats.steps,
+    }
+
+
+def simulated(load: Load, costs: StepCosts) -> dict[str, float]:
+    """What the simulation says of them."""
+    found = evaluate(Deployment(sizes=load.sizes), costs, load.workload.calls(), warm_up=0.0)
+    assert found.seconds is not None and found.first_token_seconds is not None
+    return {
+        "requests_per_second": found.requests_per_second,
+        "seconds_mean": found.seconds.mean,
+        "seconds_p50": found.seconds.p50,
+        "seconds_p95": found.seconds.p95,
+        "first_token_mean": found.first_token_seconds.mean,
+        "slot_hit_rate": found.slot_hit_rate or 0.0,
+        "host_hit_rate": found.host_hit_rate or 0.0,
+        "rows": found.rows,
+    }
+
+
+def compare(measured: Sequence[Mapping[str, float]], computed: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """How far the simulation is from the rounds' mean, and the rounds from each other."""
+    errors, spread = {}, {}
+    for name, value in computed.items():
+        values = [one[name] for one in measured]
+        mean = statistics.mean(values)
+        unit = 1.0 if name in RATES else mean
+        errors[name] = round((value - mean) / unit, 4)
+        spread[name] = round((max(values) - min(values)) / unit, 4)
+    return {"errors": errors, "spread": spread}
+
+
+def bench_all(args: argparse.Namespace, output: Output) -> None:
+    """All rounds, then all lines."""
+    options = Options(demo_folder() / "pool", threads=args.threads or None, seed=SEED)
+    chosen = {name: load for name, load in loads(args.requests).items() if not args.only or name in args.only}
+    cases: list[list[float]] = []
+    parts: list[tuple[float, float, int]] = []
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    with opened(options, POOL) as bench:
+        for round_ in range(args.rounds):
+            with closing(bench.engine(sizes_for(CASES), 1024 * MIB)) as engine:
+                if not round_:
+                    list(time_cases(bench, engine, CASES, (SEED, 0)))  # warms up
+                cases.append(list(time_cases(bench, engine, CASES, (SEED, 1 + round_))))
+            parts.append(time_loads(bench, options))
+            for name, load in chosen.items():
+                measured[name].append(run(bench, load, parts[0][2]))
+    seconds = [statistics.median(taken) for taken in zip(*cases, strict=True)]
+    drift = [round(max(taken) / min(taken) - 1, 3) for taken in zip(*cases, strict=True)]
+    costs, residuals = fit_costs(CASES, seconds)
+    write, load_seconds = (statistics.median(part[i] for part in parts) for i in range(2))
+    costs = replace(costs, write=write, load=load_seconds)
+    setup = {"pool": POOL, "rounds": args.rounds, "requests": args.requests, "seed": SEED}
+    output.write({"benchmark": "plan", "setup": setup, "costs": dataclasses.asdict(costs), "residuals": residuals,
+                  "case_seconds": [round(taken, 3) for taken in seconds], "case_spread": drift})  # fmt: skip
+    for name, load in chosen.items():
+        output.write(line(name, load, measured[name], simulated(load, costs), setup))
+
+
+def line(
+    name: str, load: Load, measured: Sequence[Mapping[str, float]], computed: Mapping[str, float], setup: Any
+) -> dict[str, Any]:
+    """What is written for a load."""
+    return {
+        "benchmark": "plan",
+        "setup": setup,
+        "load": name,
+        "workload": dataclasses.asdict(load.workload),
+        "sizes": dataclasses.asdict(load.sizes),
+        "measured": [{key: round(value, 4) for key, value in one.items()} for one in measured],
+        "simulated": {key: round(value, 4) for key, value in computed.items()},
+        **compare(measured, computed),
+    }
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=120, help="of each load")
+    parser.add_argument("--only", nargs="*", help="these loads alone")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
+    parser.add_argument("--output", type=Path, help="append the lines to this file too")
+    args = parser.parse_args()
+    keep_freed_memory()
+    bench_all(args, Output(args.output))
+
+
+if __name__ == "__main__":
+    main()
