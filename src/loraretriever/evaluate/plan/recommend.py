@@ -13,11 +13,13 @@ from loraretriever.evaluate.plan.workload import Call
 MOST_BUSY = 0.95  # above it a queue that grows slowly may go unseen in a simulation of finite length
 RATES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # relative to the one asked for
 _MOST_REPLICAS = 1 << 14
+_MOST_SLOTS = 512
+_CLOSE = 0.1  # slots and memory that improve the 95th percentile by less than this share are not worth it
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The fewest replicas that meet the target, with the fewest slots and the least host memory that still do."""
+    """The fewest replicas that meet the target, with slots and host memory that are worth it for their latency."""
 
     deployment: Deployment
     figures: Figures
@@ -54,36 +56,42 @@ class Search:
 
     def recommend(self, deployment: Deployment, target: float) -> Recommendation | None:
         """The smallest deployment like this one that meets the target; None if no number of replicas does."""
-        best: Deployment | None = None
-        for slots in _powers(_least_slots(deployment, self._calls), _adapters(self._calls)):
-            at_most = best.replicas if best is not None else _MOST_REPLICAS
-            found = self._fewest_replicas(_with(deployment, slots=slots), target, at_most)
-            if found is not None and (best is None or found.replicas < best.replicas):
-                best = found
-        if best is None:
+        fewest: int | None = None
+        slots = _powers(_least_slots(deployment, self._calls), _adapters(self._calls))
+        for count in slots:
+            at_most = _MOST_REPLICAS if fewest is None else fewest - 1
+            fewest = self._fewest_replicas(_with(deployment, slots=count), target, at_most) or fewest
+        if fewest is None:
             return None
-        for host in _powers(best.sizes.slots, best.sizes.host):
-            smaller = _with(best, host=host)
-            if host < best.sizes.host and self.meets(smaller, target):
-                best = smaller
-                break
-        return Recommendation(best, self.figures(best))
+        found = replace(deployment, replicas=fewest)
+        found = self._smallest([_with(found, slots=count) for count in slots], target)
+        hosts = [host for host in _powers(found.sizes.slots, found.sizes.host) if host <= found.sizes.host]
+        found = self._smallest([_with(found, host=host) for host in hosts] or [found], target)
+        return Recommendation(found, self.figures(found))
 
-    def _fewest_replicas(self, deployment: Deployment, target: float, at_most: int) -> Deployment | None:
-        """Doubled until the target is met, then halved intervals; at a number that is no use for the requests, none."""
-        low, high = 0, 1
-        most = min(at_most, len(self._calls))
-        while not self.meets(replace(deployment, replicas=high), target):
-            if high >= most:
+    def _smallest(self, deployments: Sequence[Deployment], target: float) -> Deployment:
+        """The first of those that meet the target whose 95th percentile is within `_CLOSE` of the best."""
+        slowest = {each: times.p95 for each in deployments if (times := self.figures(each).seconds) is not None}
+        met = [each for each in deployments if self.meets(each, target)]
+        best = min(slowest[each] for each in met)
+        return next(each for each in met if slowest[each] <= (1 + _CLOSE) * best)
+
+    def _fewest_replicas(self, deployment: Deployment, target: float, at_most: int) -> int | None:
+        """How many meet the target, `at_most` so many: doubled until they do, then by halved intervals."""
+        low, high, most = 0, 1, min(at_most, len(self._calls))
+        while high <= most and not self.meets(replace(deployment, replicas=high), target):
+            low, high = high, 2 * high
+        if high > most:
+            if low >= most or not self.meets(replace(deployment, replicas=most), target):
                 return None
-            low, high = high, min(2 * high, most)
+            high = most
         while high - low > 1:
             middle = (low + high) // 2
             if self.meets(replace(deployment, replicas=middle), target):
                 high = middle
             else:
                 low = middle
-        return replace(deployment, replicas=high)
+        return high
 
     def by_rate(self, deployment: Deployment, rate: float) -> list[Point]:
         """The figures at `RATES` times the rate, which is that of the requests."""
@@ -98,9 +106,6 @@ class Search:
         """The figures with other numbers of slots."""
         sizes = _powers(_least_slots(deployment, self._calls), _adapters(self._calls))
         return [Point(slots, self.figures(_with(deployment, slots=slots))) for slots in sizes]
-
-
-_MOST_SLOTS = 512
 
 
 def _adapters(calls: Sequence[Call]) -> int:

@@ -189,13 +189,15 @@ class Replica:
             served = self._served[job]
             if math.isnan(served.begun):
                 served.begun = now
-            for ref in set(served.refs) - seen:
+            for ref in served.refs:
+                if ref in seen:
+                    continue
+                seen.add(ref)
                 if ref in self._slots:
                     self.usage.hits += 1
                 else:
                     self.store.take(ref)
                     self.usage.writes += 1
-            seen.update(served.refs)
         return self._acquire(pinned) if pinned != self._held else 0
 
     def _acquire(self, pinned: frozenset[AdapterRef]) -> int:
