@@ -33,6 +33,7 @@ from loraretriever.pool import Pool
 ADAPTERS = 24
 _MIB = 1 << 20
 _LOAD_SLOTS = 2
+_LEAST_STEP = 1e-9  # seconds: a step takes some time, whatever noise there was
 _FITTED = ("step", "row", "prompt", "pair", "adapter", "use")
 
 
@@ -279,6 +280,7 @@ def fit_costs(cases: Sequence[Case], seconds: Sequence[float]) -> tuple[StepCost
     scale[scale == 0] = 1.0
     found, _ = nnls(relative / scale, np.ones(len(cases)))
     costs = found / scale
+    costs[0] = max(costs[0], _LEAST_STEP)
     errors = tuple(round(float(error), 4) for error in relative @ costs - 1)
     return StepCosts(**{name: float(cost) for name, cost in zip(_FITTED, costs, strict=True)}), errors
 
