@@ -51,7 +51,9 @@ def plan(
         str, typer.Option(help="score or uniform: merges of the same adapters are the same only then.")
     ] = "score",
     replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
-    policy: Annotated[str, typer.Option(help="Which replica: random, least-loaded or affinity.")] = "affinity",
+    policy: Annotated[
+        str, typer.Option(help="Which replica: random, least-loaded, affinity or composition.")
+    ] = "affinity",
     slots: Annotated[int, typer.Option(min=1, help="Adapters on the device.")] = 32,
     host_mib: Annotated[int, typer.Option(min=0, help="Memory for adapters outside the slots.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 32,

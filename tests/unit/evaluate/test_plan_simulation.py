@@ -226,6 +226,16 @@ def test_affinity_spares_the_replica_of_a_popular_adapter() -> None:
     assert counts.max() <= 1.25 * 64 / 8 + 1
 
 
+def test_a_composition_has_a_replica_of_its_own_whatever_the_order_of_its_adapters() -> None:
+    calls = [Call(float(place), adapters, 4, 4) for place, adapters in enumerate(((0, 1), (1, 0), (2, 0), (0, 2)) * 5)]
+    outcome = simulate(Deployment(64, ALONE, policy="composition"), COSTS, calls)
+    places = {frozenset(served.call.adapters): set() for served in outcome.served}  # type: ignore[var-annotated]
+    for served in outcome.served:
+        places[frozenset(served.call.adapters)].add(served.replica)
+    assert [len(found) for found in places.values()] == [1, 1]
+    assert set.union(*places.values()) != places[frozenset((0, 1))]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     (

@@ -18,11 +18,10 @@ from loraretriever.evaluate.plan.workload import Call
 
 MERGES, TRAINED = ("merge",), ("ramole", "moe")
 STRATEGIES = ("selection", "mixture", "fusion", "arrow", "spectral", *TRAINED, *MERGES)
-POLICIES = ("random", "least-loaded", "affinity")
+POLICIES = ("random", "least-loaded", "affinity", "composition")
 # An adapter's own replica takes no more than this many times the mean load; then its next one in order is asked
 # (consistent hashing with bounded loads, arXiv 1608.01350).
 _BOUND = 1.25
-_CANDIDATES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,9 @@ class Deployment:
     `strategy`: `selection` uses a request's first adapter, `merge` (any of the merging strategies) makes one of all,
     others give each a slot, `ramole` and `moe` one to their router too. Merged adapters recur only where the weights
     are `uniform`: those by score differ from prompt to prompt. `policy` chooses a request's replica: at random, the
-    one with the fewest requests, or that of its first adapter. `route_seconds` pass before a request reaches it.
+    one with the fewest requests, that of its first adapter unless it has many more than others (`affinity`), or that
+    of all its adapters together, as gateways do before vLLM's servers (`composition`). `route_seconds` pass before a
+    request reaches it.
 
     Raises:
         InvalidInputError: a value is out of its range.
@@ -123,12 +124,16 @@ class Router:
 
     def __init__(self, policy: str, replicas: Sequence[Replica], rng: np.random.Generator) -> None:
         """`policy`: one of `POLICIES`."""
-        choose = {"random": self._random, "least-loaded": self._least_loaded, "affinity": self._affinity}
-        self._choose: Callable[[Call], int] = choose[policy]
+        choices: dict[str, Callable[[Call], int]] = {
+            "random": self._random,
+            "least-loaded": self._least_loaded,
+            "affinity": self._affinity,
+            "composition": self._composition,
+        }
+        self._choose = choices[policy]
         self._replicas = replicas
         self._running = 0  # requests at all replicas
         self._rng = rng
-        self._draws = iter(())
 
     def choose(self, call: Call) -> Replica:
         """The replica, which has one request more from now on."""
@@ -156,17 +161,27 @@ class Router:
         if not call.adapters:
             return self._least_loaded(call)
         bound = _BOUND * (self._running + 1) / len(self._replicas)
-        for place in range(_CANDIDATES):
-            candidate = _mix(call.adapters[0], place) % len(self._replicas)
+        number = call.adapters[0] << 32
+        for _ in self._replicas:
+            candidate = _mix(number) % len(self._replicas)
             if self._replicas[candidate].load < bound:
                 return candidate
+            number += 1
         return self._least_loaded(call)
 
+    def _composition(self, call: Call) -> int:
+        if not call.adapters:
+            return self._least_loaded(call)
+        number = 0
+        for adapter in sorted(call.adapters):
+            number = _mix(number + adapter + 1)
+        return number % len(self._replicas)
 
-def _mix(adapter: int, place: int) -> int:
-    """A number that looks random, the same for the same adapter and place (splitmix64)."""
+
+def _mix(number: int) -> int:
+    """A number of 64 bits that looks random, the same for the same number (splitmix64)."""
     mask = (1 << 64) - 1
-    z = (adapter * _CANDIDATES + place + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (number + 1) * 0x9E3779B97F4A7C15 & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
     return z ^ (z >> 31)
