@@ -6,6 +6,8 @@ Each round times the batches from which `plan --measure` fits what steps take, a
 as they arrive, with empty caches. The simulation gets the costs of all rounds' medians, and no number of the loads'
 own runs. One JSON line per load: figures measured in each round, figures simulated, and how far the simulated ones
 are from the mean of the rounds (relative; of hit rates the difference), beside how far the rounds are apart.
+`processor_seconds` is what the process used, all threads, while the requests were answered, and in the simulation the
+time of steps and loads: with --threads 1 it tells how much of the rest is other programs' doing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,8 +27,8 @@ from common import SEED, Output
 from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.evaluate.demo import demo_folder
 from loraretriever.evaluate.plan.costs import StepCosts
-from loraretriever.evaluate.plan.figures import evaluate, times
-from loraretriever.evaluate.plan.fleet import Deployment
+from loraretriever.evaluate.plan.figures import summarize, times
+from loraretriever.evaluate.plan.fleet import Deployment, simulate
 from loraretriever.evaluate.plan.measure import (
     CASES,
     Bench,
@@ -75,7 +79,9 @@ def run(bench: Bench, load: Load, adapter: int) -> dict[str, float]:
     jobs = bench.jobs(calls, (SEED, 7))
     host_mib = -(-load.sizes.host * adapter // MIB)
     with closing(bench.engine(load.sizes, host_mib * MIB)) as engine:
+        before = time.process_time()
         served = engine.run(jobs)
+        used = time.process_time() - before
         stats = engine.stats()
     seconds = times([one.seconds for one in served])
     end = max(job.arrival + one.seconds for job, one in zip(jobs, served, strict=True))
@@ -88,12 +94,14 @@ def run(bench: Bench, load: Load, adapter: int) -> dict[str, float]:
         "slot_hit_rate": stats.adapter_hits / (stats.adapter_hits + stats.slot_loads),
         "host_hit_rate": max(0.0, 1 - stats.adapter_loads / stats.slot_loads),
         "rows": stats.step_sequences / stats.steps,
+        "processor_seconds": used,
     }
 
 
 def simulated(load: Load, costs: StepCosts) -> dict[str, float]:
     """What the simulation says of them."""
-    found = evaluate(Deployment(sizes=load.sizes), costs, load.workload.calls(), warm_up=0.0)
+    outcome = simulate(Deployment(sizes=load.sizes), costs, load.workload.calls())
+    found = summarize(outcome)
     assert found.seconds is not None and found.first_token_seconds is not None
     return {
         "requests_per_second": found.requests_per_second,
@@ -104,6 +112,7 @@ def simulated(load: Load, costs: StepCosts) -> dict[str, float]:
         "slot_hit_rate": found.slot_hit_rate or 0.0,
         "host_hit_rate": found.host_hit_rate or 0.0,
         "rows": found.rows,
+        "processor_seconds": outcome.totals.busy + outcome.totals.loads * costs.load,
     }
 
 
@@ -135,6 +144,7 @@ def bench_all(args: argparse.Namespace, output: Output) -> None:
             parts.append(time_loads(bench, options))
             for name, load in chosen.items():
                 measured[name].append(run(bench, load, parts[0][2]))
+                print(f"round {round_ + 1}, {name}: {measured[name][-1]}", file=sys.stderr)
     seconds = [statistics.median(taken) for taken in zip(*cases, strict=True)]
     drift = [round(max(taken) / min(taken) - 1, 3) for taken in zip(*cases, strict=True)]
     costs, residuals = fit_costs(CASES, seconds)
@@ -154,7 +164,7 @@ def line(
     return {
         "benchmark": "plan",
         "setup": setup,
-        "load": name,
+        "traffic": name,
         "workload": dataclasses.asdict(load.workload),
         "sizes": dataclasses.asdict(load.sizes),
         "measured": [{key: round(value, 4) for key, value in one.items()} for one in measured],
@@ -167,7 +177,7 @@ def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=120, help="of each load")
+    parser.add_argument("--requests", type=int, default=80, help="of each load")
     parser.add_argument("--only", nargs="*", help="these loads alone")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
