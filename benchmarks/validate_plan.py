@@ -6,8 +6,10 @@ Each round times the batches from which `plan --measure` fits what steps take, a
 as they arrive, with empty caches. The simulation gets the costs of all rounds' medians, and no number of the loads'
 own runs. One JSON line per load: figures measured in each round, figures simulated, and how far the simulated ones
 are from the mean of the rounds (relative; of hit rates the difference), beside how far the rounds are apart.
-`processor_seconds` is what the process used, all threads, while the requests were answered, and in the simulation the
-time of steps and loads: with --threads 1 it tells how much of the rest is other programs' doing.
+
+The clock `cpu` lets the engine, and the arrivals, live in processor time: that of all the process's threads but the one
+that sends requests, and when the engine has nothing to do the clock moves on to the next arrival. Use it with
+--threads 1 while other work uses the machine; loads then take their time from steps, which they do not on a free core.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import argparse
 import dataclasses
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +29,10 @@ from typing import Any
 from common import SEED, Output
 from loraretriever.engine.memory import keep_freed_memory
 from loraretriever.evaluate.demo import demo_folder
+from loraretriever.evaluate.engine_contenders import request_of
 from loraretriever.evaluate.plan.costs import StepCosts
-from loraretriever.evaluate.plan.figures import summarize, times
-from loraretriever.evaluate.plan.fleet import Deployment, simulate
+from loraretriever.evaluate.plan.figures import evaluate, times
+from loraretriever.evaluate.plan.fleet import Deployment
 from loraretriever.evaluate.plan.measure import (
     CASES,
     Bench,
@@ -73,35 +77,68 @@ def loads(requests: int) -> dict[str, Load]:
     }
 
 
-def run(bench: Bench, load: Load, adapter: int) -> dict[str, float]:
+class ProcessorClock:
+    """Seconds that all threads but the one that made the clock have used, and those that were skipped."""
+
+    def __init__(self) -> None:
+        self._own = time.pthread_getcpuclockid(threading.get_ident())
+        self._skipped = 0.0
+        self._last = 0.0
+
+    def now(self) -> float:
+        """For any thread; never goes back."""
+        own = time.clock_gettime(self._own)
+        self._last = max(self._last, time.process_time() - own + self._skipped)
+        return self._last
+
+    def wait(self, until: float, is_idle: Callable[[], bool]) -> None:
+        """Let time pass, all of it at once where nothing else is to be done."""
+        while (left := until - self.now()) > 0:
+            if is_idle():
+                self._skipped += left
+            else:
+                _sleep(_POLL)
+
+
+def wait(until: float, is_idle: Callable[[], bool]) -> None:
+    """Let time pass."""
+    _sleep(max(0.0, until - time.monotonic()))
+
+
+_sleep, _POLL = time.sleep, 0.0005
+
+
+def run(bench: Bench, load: Load, adapter: int, wait: Callable[[float, Callable[[], bool]], None]) -> dict[str, float]:
     """What the engine does with a load's requests."""
-    calls = load.workload.calls()
-    jobs = bench.jobs(calls, (SEED, 7))
+    jobs = bench.jobs(load.workload.calls(), (SEED, 7))
     host_mib = -(-load.sizes.host * adapter // MIB)
     with closing(bench.engine(load.sizes, host_mib * MIB)) as engine:
-        before = time.process_time()
-        served = engine.run(jobs)
-        used = time.process_time() - before
+        start = time.monotonic()
+        streams, delays = [], []
+        for job in jobs:
+            wait(start + job.arrival, lambda: not (engine.stats().running or engine.stats().waiting))
+            delays.append(time.monotonic() - start - job.arrival)
+            streams.append(engine.submit(request_of(job)))
+        done = [stream.result()[0] for stream in streams]
         stats = engine.stats()
-    seconds = times([one.seconds for one in served])
-    end = max(job.arrival + one.seconds for job, one in zip(jobs, served, strict=True))
+    whole = [one.seconds + delay for one, delay in zip(done, delays, strict=True)]
+    seconds = times(whole)
+    end = max(job.arrival + taken for job, taken in zip(jobs, whole, strict=True))
     return {
         "requests_per_second": len(jobs) / (end - jobs[0].arrival),
         "seconds_mean": seconds.mean,
         "seconds_p50": seconds.p50,
         "seconds_p95": seconds.p95,
-        "first_token_mean": statistics.mean(one.first_token_seconds or 0.0 for one in served),
+        "first_token_mean": statistics.mean((one.first_token_seconds or 0.0) for one in done) + statistics.mean(delays),
         "slot_hit_rate": stats.adapter_hits / (stats.adapter_hits + stats.slot_loads),
         "host_hit_rate": max(0.0, 1 - stats.adapter_loads / stats.slot_loads),
         "rows": stats.step_sequences / stats.steps,
-        "processor_seconds": used,
     }
 
 
 def simulated(load: Load, costs: StepCosts) -> dict[str, float]:
     """What the simulation says of them."""
-    outcome = simulate(Deployment(sizes=load.sizes), costs, load.workload.calls())
-    found = summarize(outcome)
+    found = evaluate(Deployment(sizes=load.sizes), costs, load.workload.calls(), warm_up=0.0)
     assert found.seconds is not None and found.first_token_seconds is not None
     return {
         "requests_per_second": found.requests_per_second,
@@ -112,7 +149,6 @@ def simulated(load: Load, costs: StepCosts) -> dict[str, float]:
         "slot_hit_rate": found.slot_hit_rate or 0.0,
         "host_hit_rate": found.host_hit_rate or 0.0,
         "rows": found.rows,
-        "processor_seconds": outcome.totals.busy + outcome.totals.loads * costs.load,
     }
 
 
@@ -130,6 +166,10 @@ def compare(measured: Sequence[Mapping[str, float]], computed: Mapping[str, floa
 
 def bench_all(args: argparse.Namespace, output: Output) -> None:
     """All rounds, then all lines."""
+    pause = wait
+    if args.clock == "cpu":
+        clock = ProcessorClock()
+        time.monotonic, pause = clock.now, clock.wait
     options = Options(demo_folder() / "pool", threads=args.threads or None, seed=SEED)
     chosen = {name: load for name, load in loads(args.requests).items() if not args.only or name in args.only}
     cases: list[list[float]] = []
@@ -143,14 +183,14 @@ def bench_all(args: argparse.Namespace, output: Output) -> None:
                 cases.append(list(time_cases(bench, engine, CASES, (SEED, 1 + round_))))
             parts.append(time_loads(bench, options))
             for name, load in chosen.items():
-                measured[name].append(run(bench, load, parts[0][2]))
+                measured[name].append(run(bench, load, parts[0][2], pause))
                 print(f"round {round_ + 1}, {name}: {measured[name][-1]}", file=sys.stderr)
     seconds = [statistics.median(taken) for taken in zip(*cases, strict=True)]
     drift = [round(max(taken) / min(taken) - 1, 3) for taken in zip(*cases, strict=True)]
     costs, residuals = fit_costs(CASES, seconds)
     write, load_seconds = (statistics.median(part[i] for part in parts) for i in range(2))
     costs = replace(costs, write=write, load=load_seconds)
-    setup = {"pool": POOL, "rounds": args.rounds, "requests": args.requests, "seed": SEED}
+    setup = {"pool": POOL, "clock": args.clock, "rounds": args.rounds, "requests": args.requests, "seed": SEED}
     output.write({"benchmark": "plan", "setup": setup, "costs": dataclasses.asdict(costs), "residuals": residuals,
                   "case_seconds": [round(taken, 3) for taken in seconds], "case_spread": drift})  # fmt: skip
     for name, load in chosen.items():
@@ -179,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=80, help="of each load")
     parser.add_argument("--only", nargs="*", help="these loads alone")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     args = parser.parse_args()

@@ -49,7 +49,8 @@ def _column(deployment: Deployment, figures: Figures, memory: Memory) -> dict[st
         "whole answer": _times(figures.seconds),
         "hits": f"slots {_share(figures.slot_hit_rate)}, host {_share(figures.host_hit_rate)}, "
         f"{figures.loads_per_second:.3g} loads/s from disk",
-        "busy": f"{figures.busy:.0%}, {figures.rows:.1f} sequences in a step, {figures.preemptions} preempted",
+        "busy": f"{figures.busy:.0%}, {figures.rows:.1f} of {sizes.batch_size} sequences in a step, "
+        f"{figures.preemptions} preempted{', overloaded' if figures.is_overloaded else ''}",
     }
 
 

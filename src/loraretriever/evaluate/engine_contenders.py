@@ -14,7 +14,7 @@ from loraretriever.compose.strategies import compose_explicit
 from loraretriever.engine.base import Engine
 from loraretriever.evaluate.engine_workloads import Job
 from loraretriever.models import BaseModel
-from loraretriever.types import BASE_COMPOSITION, Composition, EngineStats, Generation, Request, Sampling
+from loraretriever.types import BASE_COMPOSITION, Composition, Generation, Request, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,7 @@ class OurEngine:
 
     def run(self, jobs: Sequence[Job]) -> list[Served]:
         """Submit each job at its arrival; where all are there at the start, in one call."""
-        requests = [
-            Request(
-                job.prompt, _compose(job.adapters), Sampling(max_tokens=job.max_tokens, ignore_end=True), chat=False
-            )
-            for job in jobs
-        ]
+        requests = [request_of(job) for job in jobs]
         if all(job.arrival == 0 for job in jobs):
             results = dict(self._engine.run(requests))
             return [_served(results[place], 0.0) for place in range(len(jobs))]
@@ -65,14 +60,16 @@ class OurEngine:
             streams.append(self._engine.submit(request))
         return [_served(stream.result()[0], delay) for stream, delay in zip(streams, delays, strict=True)]
 
-    def stats(self) -> EngineStats:
-        """The engine's."""
-        return self._engine.stats()
-
     def close(self) -> None:
         """Stop the engine, then close where its adapters come from."""
         self._engine.close()
         self._close_source()
+
+
+def request_of(job: Job) -> Request:
+    """What our engine gets of a job: its adapters at equal weights, and exactly as many tokens as it asks for."""
+    sampling = Sampling(max_tokens=job.max_tokens, ignore_end=True)
+    return Request(job.prompt, _compose(job.adapters), sampling, chat=False)
 
 
 def _compose(adapters: Sequence[str]) -> Composition:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from loraretriever.evaluate.plan.costs import Footprint, Machine, StepCosts
+from loraretriever.evaluate.plan.figures import evaluate
 from loraretriever.evaluate.plan.fleet import Deployment
 from loraretriever.evaluate.plan.plots import draw_plan
-from loraretriever.evaluate.plan.recommend import MOST_BUSY, RATES, Search
+from loraretriever.evaluate.plan.recommend import RATES, Search
 from loraretriever.evaluate.plan.replica import ReplicaSizes
 from loraretriever.evaluate.plan.report import Memory, PlanReport, Question, make_plan, memory_of
 from loraretriever.evaluate.plan.workload import Lengths, Workload
@@ -32,12 +33,27 @@ def test_the_recommended_deployment_meets_the_target_and_one_replica_less_does_n
     found = report.recommended.deployment
     assert report.recommended.figures.seconds is not None
     assert report.recommended.figures.seconds.p95 <= 1.5
-    assert report.recommended.figures.busy <= MOST_BUSY
+    assert report.recommended.figures.late_p95 is not None
+    assert report.recommended.figures.late_p95 <= 1.5
+    assert not report.recommended.figures.is_overloaded
     assert found.replicas > 1
     search = Search(COSTS, CALLS, 0.1, lambda: None)
     for slots in (1, 2, 4, 8, 16, 32, 50):
         fewer = replace(found, replicas=found.replicas - 1, sizes=replace(ASKED.sizes, slots=slots))
         assert not search.meets(fewer, 1.5)
+
+
+def test_a_queue_that_grows_is_told_from_a_busy_replica() -> None:
+    light, heavy = (Workload(rate, 2000, k=0, prompt=Lengths(8, 8), answer=Lengths(8, 8)).calls() for rate in (10, 60))
+    busy, over = (evaluate(ASKED, COSTS, calls) for calls in (light, heavy))
+    assert busy.busy > 0.8
+    assert not busy.is_overloaded
+    assert over.is_overloaded
+    search = Search(COSTS, heavy, 0.1, lambda: None)
+    assert over.seconds is not None
+    assert over.late_p95 is not None
+    assert over.late_p95 > over.seconds.p50
+    assert not search.meets(ASKED, over.seconds.p95)
 
 
 def test_a_slower_target_needs_no_more_replicas() -> None:

@@ -20,7 +20,7 @@ from loraretriever.engine.local import LocalEngine
 from loraretriever.engine.runner import check_model
 from loraretriever.errors import InvalidInputError
 from loraretriever.evaluate.engine_adapters import make_pool
-from loraretriever.evaluate.engine_contenders import OurEngine
+from loraretriever.evaluate.engine_contenders import request_of
 from loraretriever.evaluate.engine_workloads import Job, make_prompt
 from loraretriever.evaluate.environment import Environment, environment
 from loraretriever.evaluate.plan.costs import Footprint, Machine, StepCosts
@@ -164,9 +164,9 @@ class Bench:
         size: int = self.base.model.dtype.itemsize
         return size * sum(shape.heads * (shape.key + shape.value) for shape in shapes)
 
-    def engine(self, sizes: ReplicaSizes, host_bytes: int) -> OurEngine:
+    def engine(self, sizes: ReplicaSizes, host_bytes: int) -> LocalEngine:
         """A new engine; there may be one at a time. It reuses no prompt's beginning."""
-        engine = LocalEngine(
+        return LocalEngine(
             self.base,
             self.pool,
             slots=sizes.slots,
@@ -177,7 +177,11 @@ class Bench:
             host_mib=host_bytes // _MIB,
             queue=sizes.queue,
         )
-        return OurEngine(engine, lambda: None)
+
+    def answer(self, engine: LocalEngine, calls: Sequence[Call], seed: Sequence[int]) -> float:
+        """Seconds until all requests, which are there at once, have been answered."""
+        requests = [request_of(job) for job in self.jobs(calls, seed)]
+        return max(generation.seconds for _, generation in engine.run(requests))
 
     def jobs(self, calls: Sequence[Call], seed: Sequence[int]) -> list[Job]:
         """The requests with prompts of random words."""
@@ -213,11 +217,10 @@ def opened(options: Options, adapters: int) -> Iterator[Bench]:
         yield Bench(base, stack.enter_context(Pool.open(folder / "pool")), names)
 
 
-def time_cases(bench: Bench, engine: OurEngine, cases: Sequence[Case], seed: Sequence[int]) -> Iterator[float]:
+def time_cases(bench: Bench, engine: LocalEngine, cases: Sequence[Case], seed: Sequence[int]) -> Iterator[float]:
     """The seconds of each case."""
     for place, case in enumerate(cases):
-        jobs = bench.jobs(case.calls(), (*seed, place))
-        yield max(served.seconds for served in engine.run(jobs))
+        yield bench.answer(engine, case.calls(), (*seed, place))
 
 
 def _time_rounds(bench: Bench, options: Options, advance: Callable[[], None]) -> list[float]:
@@ -254,12 +257,8 @@ def time_loads(bench: Bench, options: Options) -> tuple[float, float, int]:
     return write, max(0.0, statistics.median(cold) - statistics.median(held)), size
 
 
-def _times_alone(bench: Bench, engine: OurEngine, adapters: Sequence[int], seed: int) -> list[float]:
-    seconds = []
-    for adapter in adapters:
-        jobs = bench.jobs([Call(0.0, (adapter,), 16, 1)], (seed, adapter))
-        seconds.append(engine.run(jobs)[0].seconds)
-    return seconds
+def _times_alone(bench: Bench, engine: LocalEngine, adapters: Sequence[int], seed: int) -> list[float]:
+    return [bench.answer(engine, [Call(0.0, (adapter,), 16, 1)], (seed, adapter)) for adapter in adapters]
 
 
 def sizes_for(cases: Sequence[Case]) -> ReplicaSizes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraretriever.errors import require_extra
-from loraretriever.evaluate.plan.recommend import MOST_BUSY, Point
+from loraretriever.evaluate.plan.recommend import Point
 from loraretriever.evaluate.plan.report import PlanReport
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -35,13 +35,13 @@ def _draw_rates(axes: Any, report: PlanReport) -> None:
             points = [
                 (point.value, getattr(point.figures.seconds, name))
                 for point in report.by_rate
-                if point.figures.seconds is not None and (point.figures.busy > MOST_BUSY) == is_overload
+                if point.figures.seconds is not None and point.figures.is_overloaded == is_overload
             ]
             if points:
                 fill = "white" if is_overload else colour
                 line, label = ("", None) if is_overload else ("-", name)
                 axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", mfc=fill, ms=4, label=label)
-    if any(point.figures.busy > MOST_BUSY for point in report.by_rate):
+    if any(point.figures.is_overloaded for point in report.by_rate):
         axes.plot([], [], "o", color="#000000", mfc="white", ms=4, label="overloaded: grows as long as it lasts")
     if report.target_p95 is not None:
         axes.axhline(report.target_p95, color="#000000", linestyle=":", linewidth=1, label="target")
