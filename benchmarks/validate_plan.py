@@ -60,7 +60,7 @@ class Load:
 
 
 def loads(requests: int) -> dict[str, Load]:
-    """Light, medium and heavy traffic, three adapters a request, few slots, and more than it can answer at once."""
+    """Light, medium and heavy traffic, three adapters a request, few slots, and more than can be answered."""
     base = Workload(
         rate=2.0, requests=requests, pool=POOL, k=1, prompt=Lengths(16, 128), answer=Lengths(8, 48), seed=SEED
     )
@@ -70,7 +70,8 @@ def loads(requests: int) -> dict[str, Load]:
         "light": Load(replace(base, rate=1.0), sizes),
         "medium": Load(base, sizes),
         "heavy": Load(replace(base, rate=3.0), sizes),
-        "three adapters": Load(replace(base, k=3), sizes),
+        "three adapters": Load(replace(base, rate=1.0, k=3), sizes),
+        "three adapters, heavy": Load(replace(base, k=3), sizes),
         "four slots": Load(base, few),
         "four slots, all alike": Load(replace(base, zipf=0.0), few),
         "overload": Load(replace(base, rate=6.0), few),
