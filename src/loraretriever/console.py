@@ -85,8 +85,11 @@ def print_problems(problems: Iterable[str]) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error while the block runs; call what is yielded once per finished item."""
+def progress(description: str, total: int | None, enabled: bool = True) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error while the block runs; call what is yielded once per finished item.
+
+    `total` None: nobody knows how many there will be.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not (enabled and err.is_terminal)) as bar:
         task = bar.add_task(description, total=total)

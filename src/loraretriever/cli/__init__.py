@@ -36,6 +36,7 @@ from loraretriever.cli.options import (
     VllmUrlOption,
     WeightingOption,
 )
+from loraretriever.cli.plan import plan
 from loraretriever.cli.pool import pool_app
 from loraretriever.cli.prompts import AnswerFile, parse_weights, read_prompts
 from loraretriever.cli.routers import train_router
@@ -58,6 +59,7 @@ app.command("serve")(serve)
 app.command("train-retriever")(train_retriever)
 app.command("train-router")(train_router)
 app.command("evaluate")(evaluate)
+app.command("plan")(plan)
 
 
 def _print_version(asked: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraretriever import console
-from loraretriever.cli.options import BaseModelOption, DeviceOption, EncoderOption, JsonOption
+from loraretriever.cli.options import BaseModelOption, DeviceOption, EncoderOption, JsonOption, check_writable
 from loraretriever.config import load_settings
 from loraretriever.errors import InvalidInputError
 
@@ -121,7 +121,7 @@ def bench_engine(
         vllm=vllm,
     )
     if output is not None:
-        _check_writable(output)
+        check_writable("--output", output)
     with console.progress("measuring", engine_bench.count_steps(options), enabled=not as_json) as advance:
         report = engine_bench.bench_engine(options, advance)
     if output is not None:
@@ -173,7 +173,7 @@ def bench_server(
         sizes=server_bench.QUICK_SIZES if quick else server_bench.SIZES,
     )
     if output is not None:
-        _check_writable(output)
+        check_writable("--output", output)
     with console.progress("measuring", server_bench.count_steps(options), enabled=not as_json) as advance:
         report = server_bench.bench_server(options, advance)
     if output is not None:
@@ -191,7 +191,7 @@ def _bench_vllm(url: str, pool: str | None, seed: int, quick: bool, output: Path
     sizes = {"pairs": 20, "requests": 32} if quick else {}
     options = vllm_bench.Options(pool or demo_folder() / "pool", url.rstrip("/").removesuffix("/v1"), seed, **sizes)
     if output is not None:
-        _check_writable(output)
+        check_writable("--output", output)
     with console.progress("measuring", vllm_bench.count_steps(options), enabled=not as_json) as advance:
         report = vllm_bench.bench_vllm(options, advance)
     if output is not None:
@@ -200,14 +200,6 @@ def _bench_vllm(url: str, pool: str | None, seed: int, quick: bool, output: Path
         console.print_json(report)
     else:
         console.print_vllm(report)
-
-
-def _check_writable(file: Path) -> None:
-    """Before minutes of measuring."""
-    try:
-        file.open("a").close()
-    except OSError as error:
-        raise InvalidInputError(f"--output is {str(file)!r}: {error}; expected a file that can be written.") from error
 
 
 def _read_samples(

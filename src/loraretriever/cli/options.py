@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loraretriever.errors import InvalidInputError
+
 PoolOption = Annotated[
     str,
     typer.Option(
@@ -60,3 +62,15 @@ VllmUrlOption = Annotated[
     list[str] | None,
     typer.Option(help="vLLM server with our plug-in (repeatable).", show_default="vLLM in this process"),
 ]
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Before minutes of work.
+
+    Raises:
+        InvalidInputError: the file that the option names cannot be written.
+    """
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise InvalidInputError(f"{option} is {str(file)!r}: {error}; expected a file that can be written.") from error

@@ -48,12 +48,7 @@ class OurEngine:
 
     def run(self, jobs: Sequence[Job]) -> list[Served]:
         """Submit each job at its arrival; where all are there at the start, in one call."""
-        requests = [
-            Request(
-                job.prompt, _compose(job.adapters), Sampling(max_tokens=job.max_tokens, ignore_end=True), chat=False
-            )
-            for job in jobs
-        ]
+        requests = [request_of(job) for job in jobs]
         if all(job.arrival == 0 for job in jobs):
             results = dict(self._engine.run(requests))
             return [_served(results[place], 0.0) for place in range(len(jobs))]
@@ -69,6 +64,12 @@ class OurEngine:
         """Stop the engine, then close where its adapters come from."""
         self._engine.close()
         self._close_source()
+
+
+def request_of(job: Job) -> Request:
+    """What our engine gets of a job: its adapters at equal weights, and exactly as many tokens as it asks for."""
+    sampling = Sampling(max_tokens=job.max_tokens, ignore_end=True)
+    return Request(job.prompt, _compose(job.adapters), sampling, chat=False)
 
 
 def _compose(adapters: Sequence[str]) -> Composition:
