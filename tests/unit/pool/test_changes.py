@@ -125,10 +125,12 @@ def test_a_reader_can_follow_writers(filled: Pool) -> None:
         writer.start()
     while True:
         is_last = not any(writer.is_alive() for writer in writers)
+        now = filled.change  # first: what changes while this reads is read again
         names = filled.changes_since(change)
         assert names is not None
+        change = now
         if names:
-            change, found = filled.entries("e", names)
+            _, found = filled.entries("e", names)
             for name in names:
                 known.pop(name, None)
             known |= found
