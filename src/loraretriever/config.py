@@ -330,11 +330,6 @@ def _check_environment() -> None:
             )
 
 
-def pool_location() -> str | None:
-    """The pool that the environment names, for programs that are not ours and load a part of us."""
-    return os.environ.get(ENVIRONMENT_PREFIX + "POOL") or None
-
-
 def cache_folder() -> Path:
     """Folder for what can be made again: converted models, databases of read-only pools.
 

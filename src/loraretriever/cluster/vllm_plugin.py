@@ -34,9 +34,9 @@ def register() -> None:
     """Let vLLM find adapters in the pool that LORARETRIEVER_POOL names. May be called several times."""
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    from loraretriever.config import load_settings, pool_location
+    from loraretriever.config import load_settings, named_by_environment
 
-    location = pool_location()
+    location = named_by_environment("POOL")
     if location is None:
         _log.warning("LORARETRIEVER_POOL is not set: no adapters are found; set it to a pool's folder or URL.")
         return
