@@ -94,7 +94,7 @@ def run_cluster(pool: Path, models: Path, folder: Path, *options: object, **clus
             yield Cluster(json.loads(told)["url"], pool, models, process, log)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(WAIT)
+            assert process.wait(WAIT) == 0, log.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
 
     application, stdout = build(plan, cluster), sys.stdout
     with (
-        _interruptible(),
+        _interruptible() as hear_signals,
         TemporaryDirectory(prefix="loraretriever-ray-", ignore_cleanup_errors=True) as folder,
         redirect_stdout(sys.stderr),  # Ray tells there what happens to replicas
     ):
@@ -57,6 +57,7 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
             logging.getLogger("ray").setLevel(logging.ERROR)  # what replicas say is passed on by other ways
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             _start_ray(ray, cluster, folder)
+            hear_signals()  # Ray has taken SIGTERM over
             _deploy(serve, plan, application)
             with redirect_stdout(stdout):
                 on_ready()
@@ -71,7 +72,14 @@ def serve_on_ray(plan: Plan, cluster: ClusterSettings, on_ready: Callable[[], No
 def _start_ray(ray: Any, cluster: ClusterSettings, folder: str) -> None:
     address = ray_address()
     if address is not None:
-        ray.init(address, configure_logging=False)
+        try:
+            ray.init(address, configure_logging=False)
+        except ConnectionError as error:
+            raise LoraRetrieverError(
+                f"no Ray cluster lets this program in at {address}, which RAY_ADDRESS names: {error}. Start one there "
+                "with `ray start --head`, give this program the cluster's token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN), "
+                "or unset RAY_ADDRESS for a Ray of this machine's own."
+            ) from error
         return
     replicas = cluster.max_replicas or cluster.replicas
     wanted = replicas * cluster.replica_cpus + cluster.ingresses
@@ -110,8 +118,11 @@ def _stop(ray: Any, serve: Any, plan: Plan) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let the first signal interrupt what is done, and a second SIGINT end the process at once."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Let the first signal interrupt what is done, and a second SIGINT end the process at once.
+
+    Yields a function that sees to it again, should somebody else have taken the signals over.
+    """
     is_stopping = False
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -123,9 +134,14 @@ def _interruptible() -> Iterator[None]:
         is_stopping = True
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, hear) for number in _SIGNALS}
+    def hear_signals() -> None:
+        for number in _SIGNALS:
+            signal.signal(number, hear)
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    hear_signals()
     try:
-        yield
+        yield hear_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
