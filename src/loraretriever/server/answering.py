@@ -164,7 +164,11 @@ class Answering:
         self._record.asked(self._operation, self.body.model, sampling, bool(self.body.stream))
         for position, ask in enumerate(self._asks):
             own = self._fitted(ask, sampling)
-            answer = Answer(self._submit(ask, own), time.time_ns(), self._explain(ask))
+            asked_ns = time.time_ns()
+            submission = self._submit(ask, own)
+            # Not the time now: the engine may have begun long ago.
+            submitted_ns = asked_ns + round(submission.retrieval_seconds * 1e9)
+            answer = Answer(submission, submitted_ns, self._explain(ask))
             self.answers.append(answer)
             self._record.composed(self.composition(position), answer.route.fallback, ask.prompt)
             answer.submission.answers.listen(self.state.courier.listener(self._inbox, position))

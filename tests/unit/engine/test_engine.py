@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from loraretriever.engine.pages import PageTable
 from loraretriever.errors import EngineError, InvalidInputError, OverloadedError, PoolError
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
-from loraretriever.types import AdapterWeights, Composition, Request, Sampling
+from loraretriever.types import AdapterWeights, Composition, Generation, Request, Sampling
 
 LONG = Sampling(max_tokens=200, ignore_end=True)
 WAIT = 60  # seconds until a test that hangs fails
@@ -132,14 +133,21 @@ def test_timeouts_end_with_what_there_is(base: BaseModel, pool: Pool) -> None:
 
 def test_the_urgent_go_first(base: BaseModel, pool: Pool) -> None:
     engine = LocalEngine(base, pool, cache_mib=8, batch_size=1)
-    running = engine.submit(Request("first", sampling=Sampling(max_tokens=60, ignore_end=True)))
-    streams = {
-        priority: engine.submit(Request(f"{priority}", sampling=Sampling(max_tokens=1), priority=priority))
-        for priority in (3, 1, 2, 0)
-    }
-    running.result()
-    seconds = {priority: stream.result()[0].seconds for priority, stream in streams.items()}
-    assert sorted(seconds, key=lambda priority: seconds[priority]) == [0, 1, 2, 3]
+    order: list[int] = []
+
+    def note(priority: int, event: object) -> None:
+        if isinstance(event, Generation):
+            order.append(priority)
+
+    with engine._lock:  # all are there before the first step
+        streams = {
+            priority: engine.submit(Request(f"{priority}", sampling=Sampling(max_tokens=1), priority=priority))
+            for priority in (3, 1, 2, 0)
+        }
+    for priority, stream in streams.items():
+        stream.listen(partial(note, priority))
+    engine.submit(Request("last", sampling=Sampling(max_tokens=1), priority=4)).result()
+    assert order == [0, 1, 2, 3]
     engine.close()
 
 
