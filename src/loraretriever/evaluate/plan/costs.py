@@ -16,8 +16,10 @@ from loraretriever.errors import InvalidInputError
 class StepWork:
     """What one step does. A token's pairs are the tokens that it attends to; its uses the adapters that act on it."""
 
+    batch: int = 0  # 1 if it has more than one token: matrix products, in place of products with a vector
     rows: int = 0  # sequences that get a token
     prompt: int = 0  # tokens of prompts
+    chunks: int = 0  # sequences that these are of
     pairs: float = 0.0  # summed over all tokens
     adapters: int = 0  # distinct ones
     uses: int = 0  # summed over all tokens
@@ -26,16 +28,17 @@ class StepWork:
     @property
     def features(self) -> tuple[float, ...]:
         """What each of `StepCosts.coefficients` is multiplied with."""
-        return 1.0, self.rows, self.prompt, self.pairs, self.adapters, self.uses, self.writes
+        counts = self.rows, self.prompt, self.chunks, self.pairs, self.adapters, self.uses, self.writes
+        return 1.0, self.batch, *counts
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
-    Semantics: a step takes step + row·rows + prompt·prompt + pair·pairs + adapter·adapters + use·uses + write·writes,
-    with the counts of `StepWork`. `load` seconds after its turn has come, an adapter is in host memory; `merge` is
-    what making one of others takes there, beside loading those.
+    Semantics: a step takes step + batch·batch + row·rows + prompt·prompt + chunk·chunks + pair·pairs +
+    adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after its turn has come,
+    an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
@@ -44,6 +47,8 @@ class StepCosts:
     step: float
     row: float
     prompt: float
+    batch: float = 0.0
+    chunk: float = 0.0
     pair: float = 0.0
     adapter: float = 0.0
     use: float = 0.0
@@ -63,7 +68,8 @@ class StepCosts:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Those of a step, in the order of `StepWork.features`."""
-        return self.step, self.row, self.prompt, self.pair, self.adapter, self.use, self.write
+        work = self.row, self.prompt, self.chunk, self.pair, self.adapter, self.use, self.write
+        return self.step, self.batch, *work
 
     def seconds(self, work: StepWork) -> float:
         """Of one step."""
