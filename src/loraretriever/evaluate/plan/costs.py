@@ -21,6 +21,7 @@ class StepWork:
     prompt: int = 0  # tokens of prompts
     chunks: int = 0  # sequences that these are of
     pairs: float = 0.0  # summed over all tokens
+    adapted: int = 0  # 1 if adapters act on any of them
     adapters: int = 0  # distinct ones
     uses: int = 0  # summed over all tokens
     writes: int = 0  # adapters copied into slots before it
@@ -28,8 +29,8 @@ class StepWork:
     @property
     def features(self) -> tuple[float, ...]:
         """What each of `StepCosts.coefficients` is multiplied with."""
-        counts = self.rows, self.prompt, self.chunks, self.pairs, self.adapters, self.uses, self.writes
-        return 1.0, self.batch, *counts
+        tokens = self.batch, self.rows, self.prompt, self.chunks, self.pairs
+        return 1.0, *tokens, self.adapted, self.adapters, self.uses, self.writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
     Semantics: a step takes step + batch·batch + row·rows + prompt·prompt + chunk·chunks + pair·pairs +
-    adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after its turn has come,
-    an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
+    adapted·adapted + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after its
+    turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
@@ -50,6 +51,7 @@ class StepCosts:
     batch: float = 0.0
     chunk: float = 0.0
     pair: float = 0.0
+    adapted: float = 0.0
     adapter: float = 0.0
     use: float = 0.0
     write: float = 0.0
@@ -68,8 +70,8 @@ class StepCosts:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Those of a step, in the order of `StepWork.features`."""
-        work = self.row, self.prompt, self.chunk, self.pair, self.adapter, self.use, self.write
-        return self.step, self.batch, *work
+        tokens = self.batch, self.row, self.prompt, self.chunk, self.pair
+        return self.step, *tokens, self.adapted, self.adapter, self.use, self.write
 
     def seconds(self, work: StepWork) -> float:
         """Of one step."""

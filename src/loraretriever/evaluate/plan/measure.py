@@ -36,7 +36,7 @@ _MIB = 1 << 20
 _LOAD_SLOTS = 2
 _WARM_PROMPT = 4  # tokens
 _LEAST_STEP = 1e-9  # seconds: a step takes some time, whatever noise there was
-_FITTED = ("step", "batch", "row", "prompt", "chunk", "pair", "adapter", "use")
+_FITTED = ("step", "batch", "row", "prompt", "chunk", "pair", "adapted", "adapter", "use")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ CASES = (
     Case(4, 448, 2),
     Case(8, 448, 24),
     Case(1, 16, 32, 1, 1),
+    Case(1, 16, 32, 3, 3),
     Case(8, 16, 32, 1, 8),
     Case(32, 16, 24, 1, 24),
     Case(8, 16, 32, 3, 24),
@@ -88,7 +89,9 @@ CASES = (
     Case(32, 16, 24, 3, 24),
     Case(8, 128, 4, 1, 8),
     Case(8, 128, 4, 3, 24),
+    Case(8, 128, 32, running=2),
     Case(8, 128, 32, 1, 8, running=2),
+    Case(8, 128, 32, 3, 24, running=2),
     Case(12, 128, 32, running=4),
     Case(12, 128, 32, 1, 12, running=4),
     Case(12, 128, 32, 3, 12, running=4),

@@ -273,7 +273,7 @@ def _work(chunks: Sequence[tuple[Job, int]], writes: int) -> StepWork:
         uses += count * len(job.adapters)
         adapters |= job.adapters
     batch = int(len(chunks) > 1 or prompt > 1)
-    return StepWork(batch, rows, prompt, parts, pairs, len(adapters), uses, writes)
+    return StepWork(batch, rows, prompt, parts, pairs, int(bool(adapters)), len(adapters), uses, writes)
 
 
 @dataclass(frozen=True, slots=True)
