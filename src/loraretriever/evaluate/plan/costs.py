@@ -38,8 +38,9 @@ class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
     Semantics: a step takes step + batch·batch + row·rows + prompt·prompt + chunk·chunks + pair·pairs +
-    adapted·adapted + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after its
-    turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
+    adapted·adapted + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after
+    its turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading
+    those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
