@@ -39,7 +39,6 @@ from loraretriever.evaluate.plan.measure import (
     Options,
     fit_costs,
     opened,
-    sizes_for,
     time_cases,
     time_loads,
 )
@@ -178,10 +177,9 @@ def bench_all(args: argparse.Namespace, output: Output) -> None:
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     with opened(options, POOL) as bench:
         for round_ in range(args.rounds):
-            with closing(bench.engine(sizes_for(CASES), 1024 * MIB)) as engine:
-                if not round_:
-                    list(time_cases(bench, engine, CASES, (SEED, 0)))  # warms up
-                cases.append(list(time_cases(bench, engine, CASES, (SEED, 1 + round_))))
+            if not round_:
+                list(time_cases(bench, CASES, (SEED, 0)))  # warms up
+            cases.append(list(time_cases(bench, CASES, (SEED, 1 + round_))))
             parts.append(time_loads(bench, options))
             for name, load in chosen.items():
                 measured[name].append(run(bench, load, parts[0][2], pause))

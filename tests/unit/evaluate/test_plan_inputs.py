@@ -27,7 +27,9 @@ from loraretriever.types import Generation
 from tiny import write_peft_folder
 from tiny_text import write_base_model
 
-COSTS = StepCosts(step=0.02, row=0.004, prompt=0.002, pair=1e-5, adapter=1e-3, use=1e-4)
+COSTS = StepCosts(
+    step=0.02, row=0.004, prompt=0.002, batch=0.01, chunk=0.005, pair=1e-5, adapted=0.003, adapter=1e-3, use=1e-4
+)
 FOOTPRINT = Footprint(weights=1000, adapter=100, token=10)
 
 
@@ -188,9 +190,10 @@ def test_other_costs_are_refused(tmp_path: Path, content: str, message: str) -> 
 
 
 def test_costs_are_found_from_the_times_of_batches() -> None:
-    calls = [case.calls() for case in measure.CASES]
-    deployment = Deployment(sizes=sizes_for(measure.CASES))
-    seconds = [simulate(deployment, COSTS, each).totals.busy for each in calls]
+    seconds = [
+        simulate(Deployment(sizes=sizes_for(measure.CASES, case.running)), COSTS, case.calls()).totals.busy
+        for case in measure.CASES
+    ]
     found, errors = fit_costs(measure.CASES, seconds)
     assert asdict(found) == pytest.approx(asdict(COSTS), rel=1e-4)
     assert max(map(abs, errors)) < 1e-4
@@ -200,7 +203,7 @@ def test_a_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LORARETRIEVER_CACHE", str(tmp_path / "cache"))
     write_base_model(tmp_path / "base")
     write_peft_folder(tmp_path / "pool" / "sql", base_model=str(tmp_path / "base"))
-    cases = (Case(1, 4, 4), Case(4, 4, 4), Case(2, 24, 2), Case(4, 8, 3, 2, 6))
+    cases = (Case(1, 4, 4), Case(4, 4, 4), Case(2, 24, 2), Case(4, 8, 3, 2, 6), Case(6, 8, 4, 1, 3, running=2))
     options = measure.Options(tmp_path / "pool", rounds=1, cases=cases)
     advanced = []
     found = measure.measure(options, lambda: advanced.append(None))

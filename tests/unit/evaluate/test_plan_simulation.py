@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from loraretriever.engine.local import LocalEngine
 from loraretriever.errors import InvalidInputError
-from loraretriever.evaluate.engine_contenders import OurEngine
+from loraretriever.evaluate.engine_contenders import request_of
 from loraretriever.evaluate.engine_workloads import Job, make_prompt
 from loraretriever.evaluate.plan.costs import StepCosts
 from loraretriever.evaluate.plan.figures import Figures, evaluate, summarize
@@ -20,6 +21,7 @@ from loraretriever.evaluate.plan.replica import Replica, ReplicaSizes
 from loraretriever.evaluate.plan.workload import Call, Lengths, Workload, popularity
 from loraretriever.models import BaseModel
 from loraretriever.pool import Pool
+from loraretriever.types import Request
 from tiny import TINY_BASE, TINY_SPEC, tiny_llama, write_peft_folder
 from tiny_text import tiny_tokenizer
 
@@ -262,10 +264,12 @@ def base() -> BaseModel:
     return BaseModel(TINY_BASE, tiny_llama(), tiny_tokenizer())
 
 
-def jobs_of(calls: Sequence[Call], base: BaseModel) -> list[Job]:
+def requests_of(calls: Sequence[Call], base: BaseModel) -> list[Request]:
     rng = np.random.default_rng(0)
     return [
-        Job(make_prompt(base.tokenizer, call.prompt, rng), call.answer, 0.0, tuple(f"a{a}" for a in call.adapters))
+        request_of(
+            Job(make_prompt(base.tokenizer, call.prompt, rng), call.answer, 0.0, tuple(f"a{a}" for a in call.adapters))
+        )
         for call in calls
     ]
 
@@ -282,14 +286,12 @@ def test_the_engine_takes_as_many_steps_with_as_many_sequences(
     with Pool.create(folder / "pool", TINY_BASE, spec=TINY_SPEC) as pool:
         for seed in range(6):
             pool.add(write_peft_folder(folder / f"a{seed}", seed=seed), samples=[f"sample {seed}"])
-        engine = OurEngine(
-            LocalEngine(base, pool, slots=4, batch_size=8, step_tokens=32, cache_mib=4, prefix_mib=0), lambda: None
-        )
-        engine.run(jobs_of(calls, base))
-        before = engine.stats()
-        engine.run(jobs_of(calls, base))
-        after = engine.stats()
-        engine.close()
+        engine = LocalEngine(base, pool, slots=4, batch_size=8, step_tokens=32, cache_mib=4, prefix_mib=0)
+        with closing(engine):
+            list(engine.run(requests_of(calls, base)))
+            before = engine.stats()
+            list(engine.run(requests_of(calls, base)))
+            after = engine.stats()
     sizes = ReplicaSizes(slots=4, host=6, batch_size=8, step_tokens=32, cache_tokens=after.cache_tokens)
     totals = simulate(Deployment(sizes=sizes), replace(COSTS, load=0.0), calls).totals
     assert totals.steps == after.steps - before.steps

@@ -16,9 +16,12 @@ from loraretriever.errors import InvalidInputError
 class StepWork:
     """What one step does. A token's pairs are the tokens that it attends to; its uses the adapters that act on it."""
 
+    batch: int = 0  # 1 if it has more than one token: matrix products, in place of products with a vector
     rows: int = 0  # sequences that get a token
     prompt: int = 0  # tokens of prompts
+    chunks: int = 0  # sequences that these are of
     pairs: float = 0.0  # summed over all tokens
+    adapted: int = 0  # 1 if adapters act on any of them
     adapters: int = 0  # distinct ones
     uses: int = 0  # summed over all tokens
     writes: int = 0  # adapters copied into slots before it
@@ -26,16 +29,18 @@ class StepWork:
     @property
     def features(self) -> tuple[float, ...]:
         """What each of `StepCosts.coefficients` is multiplied with."""
-        return 1.0, self.rows, self.prompt, self.pairs, self.adapters, self.uses, self.writes
+        tokens = self.batch, self.rows, self.prompt, self.chunks, self.pairs
+        return 1.0, *tokens, self.adapted, self.adapters, self.uses, self.writes
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
-    Semantics: a step takes step + row·rows + prompt·prompt + pair·pairs + adapter·adapters + use·uses + write·writes,
-    with the counts of `StepWork`. `load` seconds after its turn has come, an adapter is in host memory; `merge` is
-    what making one of others takes there, beside loading those.
+    Semantics: a step takes step + batch·batch + row·rows + prompt·prompt + chunk·chunks + pair·pairs +
+    adapted·adapted + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after
+    its turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading
+    those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
@@ -44,7 +49,10 @@ class StepCosts:
     step: float
     row: float
     prompt: float
+    batch: float = 0.0
+    chunk: float = 0.0
     pair: float = 0.0
+    adapted: float = 0.0
     adapter: float = 0.0
     use: float = 0.0
     write: float = 0.0
@@ -63,7 +71,8 @@ class StepCosts:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Those of a step, in the order of `StepWork.features`."""
-        return self.step, self.row, self.prompt, self.pair, self.adapter, self.use, self.write
+        tokens = self.batch, self.row, self.prompt, self.chunk, self.pair
+        return self.step, *tokens, self.adapted, self.adapter, self.use, self.write
 
     def seconds(self, work: StepWork) -> float:
         """Of one step."""

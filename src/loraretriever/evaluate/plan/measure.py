@@ -5,6 +5,7 @@ How many steps a batch takes and what each of them does, the simulation knows: i
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -33,26 +34,41 @@ from loraretriever.pool import Pool
 ADAPTERS = 24
 _MIB = 1 << 20
 _LOAD_SLOTS = 2
+_WARM_PROMPT = 4  # tokens
 _LEAST_STEP = 1e-9  # seconds: a step takes some time, whatever noise there was
-_FITTED = ("step", "row", "prompt", "pair", "adapter", "use")
+_FITTED = ("step", "batch", "row", "prompt", "chunk", "pair", "adapted", "adapter", "use")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch of equal requests, all there at the start, each with k adapters; `adapters` different ones in all."""
+    """A batch of requests, all there at the start, each with k adapters; `adapters` different ones in all.
+
+    They are equal and run at once; or `running` of them at a time, of different lengths up to those given, so that
+    prompts come in while others decode.
+    """
 
     rows: int
     prompt: int
     answer: int
     k: int = 0
     adapters: int = 0
+    running: int | None = None
 
     def calls(self) -> list[Call]:
         """Its requests; the adapters are taken in turn."""
         return [
-            Call(0.0, tuple((self.k * row + i) % self.adapters for i in range(self.k)), self.prompt, self.answer)
+            Call(
+                0.0,
+                tuple((self.k * row + i) % self.adapters for i in range(self.k)),
+                self._length(self.prompt, 3 * row),
+                self._length(self.answer, 5 * row),
+            )
             for row in range(self.rows)
         ]
+
+    def _length(self, most: int, place: int) -> int:
+        """All eighths of the length in turn."""
+        return most if self.running is None else max(1, most * (1 + place % 8) // 8)
 
 
 CASES = (
@@ -65,6 +81,7 @@ CASES = (
     Case(4, 448, 2),
     Case(8, 448, 24),
     Case(1, 16, 32, 1, 1),
+    Case(1, 16, 32, 3, 3),
     Case(8, 16, 32, 1, 8),
     Case(32, 16, 24, 1, 24),
     Case(8, 16, 32, 3, 24),
@@ -72,6 +89,13 @@ CASES = (
     Case(32, 16, 24, 3, 24),
     Case(8, 128, 4, 1, 8),
     Case(8, 128, 4, 3, 24),
+    Case(8, 128, 32, running=2),
+    Case(8, 128, 32, 1, 8, running=2),
+    Case(8, 128, 32, 3, 24, running=2),
+    Case(12, 128, 32, running=4),
+    Case(12, 128, 32, 1, 12, running=4),
+    Case(12, 128, 32, 3, 12, running=4),
+    Case(24, 128, 32, 1, 24, running=8),
 )
 
 
@@ -217,22 +241,25 @@ def opened(options: Options, adapters: int) -> Iterator[Bench]:
         yield Bench(base, stack.enter_context(Pool.open(folder / "pool")), names)
 
 
-def time_cases(bench: Bench, engine: LocalEngine, cases: Sequence[Case], seed: Sequence[int]) -> Iterator[float]:
-    """The seconds of each case."""
-    for place, case in enumerate(cases):
-        yield bench.answer(engine, case.calls(), (*seed, place))
+def time_cases(bench: Bench, cases: Sequence[Case], seed: Sequence[int]) -> Iterator[float]:
+    """The seconds of each case, its adapters loaded. Cases that run alike stand side by side, for one engine."""
+    for running, alike in itertools.groupby(enumerate(cases), key=lambda item: item[1].running):
+        with closing(bench.engine(sizes_for(cases, running), 1024 * _MIB)) as engine:
+            adapters = [Call(0.0, (adapter,), _WARM_PROMPT, 1) for adapter in range(ADAPTERS)]
+            bench.answer(engine, adapters, seed)
+            for place, case in alike:
+                yield bench.answer(engine, case.calls(), (*seed, place))
 
 
 def _time_rounds(bench: Bench, options: Options, advance: Callable[[], None]) -> list[float]:
-    """The median seconds of each case, after a round that loads adapters and warms up."""
+    """The median seconds of each case, after a round that warms up."""
     rounds = []
-    with closing(bench.engine(sizes_for(options.cases), 1024 * _MIB)) as engine:
-        for round_ in range(options.rounds + 1):
-            seconds = []
-            for taken in time_cases(bench, engine, options.cases, (options.seed, round_)):
-                seconds.append(taken)
-                advance()
-            rounds.append(seconds)
+    for round_ in range(options.rounds + 1):
+        seconds = []
+        for taken in time_cases(bench, options.cases, (options.seed, round_)):
+            seconds.append(taken)
+            advance()
+        rounds.append(seconds)
     return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
 
 
@@ -261,11 +288,11 @@ def _times_alone(bench: Bench, engine: LocalEngine, adapters: Sequence[int], see
     return [bench.answer(engine, [Call(0.0, (adapter,), 16, 1)], (seed, adapter)) for adapter in adapters]
 
 
-def sizes_for(cases: Sequence[Case]) -> ReplicaSizes:
-    """Those of an engine in which nothing waits."""
+def sizes_for(cases: Sequence[Case], running: int | None = None) -> ReplicaSizes:
+    """Those of an engine in which no adapter and no memory is waited for; `running`: sequences at once; None: all."""
     rows = max(case.rows for case in cases)
     longest = max(case.prompt + case.answer for case in cases)
-    return ReplicaSizes(slots=ADAPTERS, host=ADAPTERS, batch_size=rows, cache_tokens=2 * rows * longest)
+    return ReplicaSizes(slots=ADAPTERS, host=ADAPTERS, batch_size=running or rows, cache_tokens=2 * rows * longest)
 
 
 def fit_costs(cases: Sequence[Case], seconds: Sequence[float]) -> tuple[StepCosts, tuple[float, ...]]:
@@ -273,7 +300,7 @@ def fit_costs(cases: Sequence[Case], seconds: Sequence[float]) -> tuple[StepCost
 
     Semantics: minimises Σ_i (Σ_j cost_j count_ij / seconds_i - 1)² over costs of 0 or more.
     """
-    counts = np.array([_counts(case, sizes_for(cases)) for case in cases])
+    counts = np.array([_counts(case, sizes_for(cases, case.running)) for case in cases])
     relative = counts / np.array(seconds)[:, None]
     scale = relative.max(axis=0)
     scale[scale == 0] = 1.0

@@ -261,16 +261,19 @@ class Replica:
 
 
 def _work(chunks: Sequence[tuple[Job, int]], writes: int) -> StepWork:
-    rows = prompt = uses = 0
+    rows = prompt = parts = uses = 0
     pairs = 0.0
     adapters: set[Hashable] = set()
     for job, count in chunks:
         rows += job.computed + count == job.tokens
-        prompt += count if job.tokens - job.computed > 1 else 0
+        if job.tokens - job.computed > 1:
+            prompt += count
+            parts += 1
         pairs += count * (job.computed + (count + 1) / 2)
         uses += count * len(job.adapters)
         adapters |= job.adapters
-    return StepWork(rows, prompt, pairs, len(adapters), uses, writes)
+    batch = int(len(chunks) > 1 or prompt > 1)
+    return StepWork(batch, rows, prompt, parts, pairs, int(bool(adapters)), len(adapters), uses, writes)
 
 
 @dataclass(frozen=True, slots=True)
