@@ -99,7 +99,7 @@ class PoolResolver:
             self._check_not_ours(name)
             return None
         if self.settings.vllm_lanes:
-            path = lane_path(self.folders.lane(name, self.slots or len(name)))
+            path = lane_path(self.folders.lane(name, self.slots))
         else:
             path = str(self.folders.folder(name, self.max_rank))
         self.names.add(name)

@@ -123,11 +123,11 @@ class AdapterFolders:
 
         return self._store.place(_made_digest(name, digests), make)
 
-    def lane(self, name: str, slots: int) -> Lane:
+    def lane(self, name: str, slots: int | None = None) -> Lane:
         """The lane of a pinned name. What is no mixer of adapters has one adapter, its folder.
 
         Args:
-            slots: the most adapters that it may have.
+            slots: the most adapters that it may have; None: any number.
 
         Raises:
             InvalidInputError, AdapterNotFoundError, PoolError: as `folder`; or it has too many adapters.
@@ -137,7 +137,7 @@ class AdapterFolders:
         if not composition.adapters or composition.merge is not None:
             return Lane((str(self.folder(name)),), (1.0,))
         check_single(composition)
-        if len(composition.adapters) > slots:
+        if slots is not None and len(composition.adapters) > slots:
             raise InvalidInputError(
                 f"a {composition.strategy} of {len(composition.adapters)} adapters needs as many slots, and vLLM has "
                 f"{slots} (vllm_slots); choose fewer adapters."

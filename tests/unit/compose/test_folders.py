@@ -14,10 +14,11 @@ import torch
 
 from loraretriever.compose import compose_explicit, merged
 from loraretriever.compose.folders import AdapterFolders
+from loraretriever.compose.lanes import Lane
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
 from loraretriever.pool import Pool
 from loraretriever.pool.weights import load_weights
-from loraretriever.types import BASE_COMPOSITION, Composition
+from loraretriever.types import BASE_COMPOSITION, Composition, Mixer
 from tiny import TINY_BASE, TINY_SPEC, tiny_llama, write_peft_folder
 
 ROOM = 1 << 30
@@ -124,6 +125,22 @@ def test_what_is_made_is_kept_and_mended(folders: AdapterFolders) -> None:
     assert folders.folder(name) == folder and weights.stat().st_ino == made
     weights.write_bytes(content[:-7] + b"garbage")
     assert folders.folder(name) == folder and weights.read_bytes() == content
+
+
+def test_lanes_name_the_adapters_themselves(pool: Pool, folders: AdapterFolders) -> None:
+    composition = compose_explicit("fusion", {"sql": 0.7, "german": 0.3, "math": 0.1})
+    name = folders.name(composition, 8, lanes=True)
+    lane = folders.lane(name, slots=3)
+    places = {pool.get(each).folder: weight for each, weight in (("sql", 0.7), ("german", 0.3), ("math", 0.1))}
+    assert {Path(folder): weight for folder, weight in zip(lane.folders, lane.weights, strict=True)} == places
+    assert lane.mixer is Mixer.PARAMETERS
+    with pytest.raises(InvalidInputError, match="3 adapters needs as many slots, and vLLM has 2"):
+        folders.lane(name, slots=2)
+    merged = folders.name(compose_explicit("ties", {"sql": 0.5, "math": 0.5}), 8, lanes=True)
+    assert folders.lane(merged) == Lane((str(folders.folder(merged)),), (1.0,))
+    assert folders.lane("base") == Lane((str(folders.folder("base")),), (1.0,))
+    with pytest.raises(InvalidInputError, match="weighs its adapters anew"):
+        folders.name(compose_explicit("arrow", {"sql": 0.5, "math": 0.5}), 8, lanes=True)
 
 
 def test_room_is_made_but_not_by_what_was_just_used(pool: Pool, tmp_path: Path) -> None:
