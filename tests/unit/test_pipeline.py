@@ -176,6 +176,29 @@ def test_of_the_hits_those_are_used_that_carry_the_weight(
     assert retriever.compose(route, strategy="selection").adapters == ("sql",)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rounded"),
+    [
+        ({}, False),
+        ({"weight_step": 0.05}, True),
+        ({"engine": "vllm"}, True),
+        ({"engine": "vllm", "weight_step": 0.0}, False),
+        ({"engine": "vllm", "vllm_lanes": True}, False),  # which makes no adapters
+    ],
+)
+def test_weights_are_rounded_where_adapters_are_made_of_compositions(
+    scripted: Scripted, settings: dict[str, Any], rounded: bool
+) -> None:
+    hits = (Hit("sql", 0.6, logit=2.0), Hit("german", 0.4, logit=1.0))
+    retriever = scripted(Ranking(hits, 1.0, 0.0), **settings)
+    (route,) = retriever.route(["x"])
+    exact = 1 / (1 + math.exp(-1))
+    expected = (0.75, 0.25) if rounded else (exact, 1 - exact)
+    assert retriever.compose(route).weights == pytest.approx(expected)
+    named = retriever.prepare("x", adapters={"sql": 0.61, "german": 0.39})[1]
+    assert named.weights == (0.61, 0.39), "what a user names is as named"
+
+
 def test_filters_reach_the_retriever(scripted: Scripted) -> None:
     retriever = scripted(Ranking((), 0.0, 0.0))
     retriever.route(["a"], k=7, exclude=["x"], only=["y", "y"], tags=["t"], tenant="us")
