@@ -47,6 +47,8 @@ def _draw_rates(axes: Any, report: PlanReport) -> None:
         axes.axhline(report.target_p95, color="#000000", linestyle=":", linewidth=1, label="target")
     axes.axvline(report.rate, color="#999999", linestyle="--", linewidth=1, label="asked for")
     axes.set_yscale("log")
+    for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        each(lambda value, _: f"{value:g}")
     axes.set(xlabel="requests a second", ylabel="seconds for a whole answer")
     count = report.deployment.replicas
     axes.set_title(f"{count} replica{'s' if count > 1 else ''} with {report.deployment.sizes.slots} slots", fontsize=10)
