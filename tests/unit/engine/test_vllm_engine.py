@@ -346,13 +346,23 @@ def test_a_server_that_is_gone_is_replaced_by_the_other(
 
 def test_each_composition_has_a_server_of_its_own(pool: Pool, tmp_path: Path, fake: FakeVllm, other: FakeVllm) -> None:
     with engine_over(pool, tmp_path, fake, other) as engine:
-        requests = [
-            Request("What?", compose_explicit("mixture", {"sql": i / 10, "german": 0.5}), Sampling(max_tokens=16))
-            for i in range(1, 20)
-        ]
-        list(engine.run(requests * 2))
+        requests = [of(compose_explicit("mixture", {"sql": i / 10, "german": 0.5})) for i in range(1, 20)]
+        for request in requests * 2:
+            engine.submit(request).result()
     models = [{body["model"] for body in server.bodies} for server in (fake, other)]
     assert all(models) and not models[0] & models[1]
+
+
+def test_a_popular_composition_does_not_stay_at_one_server(
+    pool: Pool, tmp_path: Path, fake: FakeVllm, other: FakeVllm
+) -> None:
+    fake.script = other.script = ["hang"] * 8
+    with engine_over(pool, tmp_path, fake, other) as engine:
+        for _ in range(8):
+            assert next(iter(engine.submit(ask(engine)))).text == "a"
+        assert sorted(len(server.bodies) for server in (fake, other)) == [3, 5]
+        fake.go_on.set()
+        other.go_on.set()
 
 
 def test_requests_that_can_never_run(engine: VllmEngine, fake: FakeVllm, pool: Pool) -> None:

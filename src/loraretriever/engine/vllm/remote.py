@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -32,6 +33,7 @@ _FIRST_PAUSE = 0.1  # seconds between the rounds; doubled each time
 _POLL = 0.5  # seconds between attempts to reach a server that starts
 _CONNECT = 5.0  # seconds
 _REST = 5.0  # seconds for which a server that failed comes last
+_BALANCE = 1.25  # the most that a server may have, as a multiple of the mean, before jobs go to another one
 _CONNECTIONS = 1024
 _BIAS = 100.0  # the most that vLLM adds to a logit
 
@@ -40,6 +42,7 @@ _BIAS = 100.0  # the most that vLLM adds to a logit
 class _Server:
     url: str
     failed: float = -_REST  # when it failed last
+    running: int = 0  # jobs of ours that it has
 
 
 class _ElsewhereError(Exception):
@@ -51,7 +54,7 @@ class _ElsewhereError(Exception):
 
 
 class RemoteBackend:
-    """One server or several. Each composition has a server of its own, as long as that one answers."""
+    """One server or several. Each composition has a server of its own, unless that one fails or has far too much."""
 
     def __init__(self, urls: Sequence[str], key: str | None, timeout: float) -> None:
         """Remember the servers.
@@ -105,11 +108,14 @@ class RemoteBackend:
         await self._client.aclose()
 
     def _ordered(self, model: str) -> list[_Server]:
-        """The servers, the model's own one first (rendezvous hashing), those that have just failed last."""
+        """The servers, the model's own one first (rendezvous hashing with bounded loads), those that failed last."""
         now = time.monotonic()
+        jobs = 1 + sum(server.running for server in self._servers)
+        bound = math.ceil(_BALANCE * jobs / len(self._servers))
 
-        def key(server: _Server) -> tuple[bool, bytes]:
-            return now - server.failed < _REST, hashlib.sha256(f"{server.url} {model}".encode()).digest()
+        def key(server: _Server) -> tuple[bool, bool, bytes]:
+            place = hashlib.sha256(f"{server.url} {model}".encode()).digest()
+            return now - server.failed < _REST, server.running >= bound, place
 
         return sorted(self._servers, key=key)
 
@@ -149,6 +155,7 @@ class RemoteBackend:
             LoraRetrieverError: it refuses the job, or failed later.
         """
         has_begun = False
+        server.running += 1
         try:
             async with self._client.stream("POST", server.url + "/v1/completions", json=_body(job)) as answer:
                 if answer.status_code != 200:
@@ -178,6 +185,8 @@ class RemoteBackend:
             if has_begun:
                 raise failure from error
             raise _ElsewhereError(failure) from error
+        finally:
+            server.running -= 1
 
     async def _lines(self, server: _Server, answer: httpx.Response) -> AsyncGenerator[str]:
         """The lines of an answer. Where none comes for long, the server is asked whether it lives.
