@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.vllm
 CHAT = {"messages": [{"role": "user", "content": "Write a query that counts the users."}], "max_tokens": 6}
 
 
-def complete(server: VllmServer, model: str) -> httpx.Response:
-    body = {"model": model, "prompt": "What?", "max_tokens": 4, "temperature": 0}
+def complete(server: VllmServer, model: str, max_tokens: int = 4) -> httpx.Response:
+    body = {"model": model, "prompt": "What?", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
 
@@ -78,6 +79,26 @@ def test_a_revision_has_another_name_and_the_old_one_keeps_its_bytes(
         assert complete(tiny_server, new).json()["choices"][0]["text"] != before
         assert complete(tiny_server, old).json()["choices"][0]["text"] == before
         pool.remove("revised")
+
+
+def test_the_base_model_needs_the_zero_adapter_beside_rows_with_adapters(
+    tiny_server: VllmServer, tiny_pool: Path
+) -> None:
+    """On a CPU vLLM adds the last slot's adapter to rows that have none. If the first part fails, it no longer does."""
+
+    def text(model: str) -> str:
+        return str(complete(tiny_server, model, max_tokens=100).json()["choices"][0]["text"])
+
+    with Pool.open(tiny_pool) as pool:
+        strong = [pinned(pool, sql=weight) for weight in (31, 32, 33, 34)]  # as many as there are slots
+    alone = text("base-model")
+    assert text("base") == alone
+    for model in strong:
+        assert text(model) != alone
+    with ThreadPoolExecutor(12) as threads:
+        beside = {model: list(threads.map(text, [strong[0], model] * 6))[1::2] for model in ("base-model", "base")}
+    assert any(each != alone for each in beside["base-model"])
+    assert beside["base"] == [alone] * 6
 
 
 def test_names_are_let_go_and_found_again(tmp_path: Path, wide: Path, tiny_pool: Path) -> None:
