@@ -201,6 +201,19 @@ class LanesWorkerManager(LRUCacheWorkerLoRAManager):
 
     _manager_cls = LanesModelManager
 
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse what lanes were not made for.
+
+        Raises:
+            InvalidInputError: the model would be compiled, or adapters are sharded.
+        """
+        super().__init__(vllm_config, *args, **kwargs)
+        if not vllm_config.model_config.enforce_eager or self.lora_config.fully_sharded_loras:
+            raise InvalidInputError(
+                "vllm_lanes is set; expected --enforce-eager, without --fully-sharded-loras. Start vLLM so, or unset "
+                "LORARETRIEVER_VLLM_LANES."
+            )
+
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
         """Not needed: vLLM warms up with lanes that have no adapters."""
         return True
