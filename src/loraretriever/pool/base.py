@@ -61,11 +61,10 @@ class PoolBase(PoolReader):
         return self._layout.state
 
     def watch(self) -> None:
-        """Follow a shared pool from now on without asking its database at each request.
+        """From now on remember what is read of adapters until the pool changes; follow a shared pool unasked.
 
-        `change` is then what came here: of other processes' changes usually within milliseconds, of this pool's own
-        at once. While the database is away, what is known of adapters and keys stays in force. Other pools are read
-        anew each time.
+        Of a shared pool `change` is then what came here: of other processes' changes usually within milliseconds, of
+        this pool's own at once. While its database is away, what is known of adapters and keys stays in force.
         """
         self._database.watch()
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from loraretriever.errors import PoolAwayError, PoolError
 from loraretriever.pool.postgres import Postgres
 from loraretriever.pool.sqlite import Sqlite
-from loraretriever.pool.watching import ChangeWatch
+from loraretriever.pool.watching import ChangeWatch, Memory
 
 DATABASE_FILE = "pool.db"
 HEAD_REVISION = "0004"  # the last one in migrations/versions; known here so that opening need not import Alembic
@@ -57,6 +57,7 @@ class Database:
         self._backend: Backend = Postgres(place) if isinstance(place, URL) else Sqlite(place)
         self.name = self._backend.name
         self._watch: ChangeWatch | None = None
+        self._memory: Memory | None = None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -77,7 +78,8 @@ class Database:
             return number
 
     def watch(self) -> None:
-        """From now on be told of changes, where the database can tell: `change` and `remembered` then ask nobody."""
+        """From now on remember, and be told of changes, where the database can tell: `change` then asks nobody."""
+        self._memory = self._memory or Memory()
         if self._url is not None and self._watch is None:
             self._watch = ChangeWatch(self._url, self.change)
 
@@ -88,7 +90,7 @@ class Database:
             with self.read() as session:
                 return read(session)
 
-        return load() if self._watch is None else self._watch.remembered(key, load)
+        return load() if self._memory is None else self._memory.recall(key, self.change, load)
 
     @contextmanager
     def write(self) -> Iterator[Session]:

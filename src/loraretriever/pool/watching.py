@@ -26,43 +26,19 @@ _MAX_REMEMBERED = 100_000
 T = TypeVar("T")
 
 
-class ChangeWatch:
-    """The number of the pool's last change, as a thread hears of it, and what was read of the pool."""
+class Memory:
+    """What was read of a pool, each with the number of the change that was known then."""
 
-    def __init__(self, url: URL, number: int) -> None:
-        """Start the thread.
-
-        Args:
-            url: the database.
-            number: the change that is known.
-        """
-        self._url = url
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._number = number
-        self._own = 0  # changes that were made here
-        self._values: dict[Hashable, tuple[int, Any]] = {}  # by key: the change that was known, and what was read then
-        self._waker, self._wakened = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="loraretriever-changes", daemon=True)
-        self._thread.start()
+        self._values: dict[Hashable, tuple[int, Any]] = {}
 
-    @property
-    def number(self) -> int:
-        """The last change that is known here."""
-        return self._number
-
-    def advance(self, number: int) -> None:
-        """A change was committed here."""
-        with self._lock:
-            self._own += 1
-            self._number = max(number, self._number)
-
-    def remembered(self, key: Hashable, read: Callable[[], T]) -> T:
-        """What was read under this key since the last change, or else is read now; what was known, where it cannot be.
+    def recall(self, key: Hashable, number: int, read: Callable[[], T]) -> T:
+        """What was read under this key at this change, or else is read now; what was known, where it cannot be.
 
         Raises:
             PoolAwayError: it cannot be read, and never was.
         """
-        number = self._number
         known = self._values.get(key)
         if known is not None and known[0] == number:
             return cast(T, known[1])
@@ -77,6 +53,36 @@ class ChangeWatch:
                 self._values.clear()
             self._values[key] = number, value  # if a change came meanwhile, it is read again
         return value
+
+
+class ChangeWatch:
+    """The number of the pool's last change, as a thread hears of it."""
+
+    def __init__(self, url: URL, number: int) -> None:
+        """Start the thread.
+
+        Args:
+            url: the database.
+            number: the change that is known.
+        """
+        self._url = url
+        self._lock = threading.Lock()
+        self._number = number
+        self._own = 0  # changes that were made here
+        self._waker, self._wakened = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="loraretriever-changes", daemon=True)
+        self._thread.start()
+
+    @property
+    def number(self) -> int:
+        """The last change that is known here."""
+        return self._number
+
+    def advance(self, number: int) -> None:
+        """A change was committed here."""
+        with self._lock:
+            self._own += 1
+            self._number = max(number, self._number)
 
     def close(self) -> None:
         """End the thread."""

@@ -17,7 +17,7 @@ from loraretriever.retrieve.window import Window, cut_characters
 if TYPE_CHECKING:
     import torch
 
-    from loraretriever.retrieve.bert import PackedBert
+    from loraretriever.retrieve.bert import OnnxBert
 
 _EXPECTED = "Expected a local folder in sentence-transformers format or the id of such a model on the hub."
 
@@ -28,7 +28,7 @@ Precision = Literal["float32", "int8"]
 Layers = Literal["last", "thirds"]
 
 # One text's vector from its hidden states, shape (tokens, hidden) -> (hidden,).
-_POOLS: dict[object, Callable[[torch.Tensor], torch.Tensor]] = {
+_POOLS: dict[object, Callable[[Vectors], Vectors]] = {
     "mean": lambda states: states.mean(0),
     "cls": lambda states: states[0],
     "lasttoken": lambda states: states[-1],
@@ -81,9 +81,8 @@ class SentenceEncoder:
             batch_size: texts per forward pass.
             max_tokens: the most tokens of a text, special tokens and instruction included; None for as many as the
                 model takes.
-            precision: `int8`, on the processor only, computes the linear modules with 8-bit integers: twice as fast
-                where the processor has instructions for them (AVX-512 VNNI), at a cosine of 0.99 with float32.
-
+            precision: `int8`, on the processor only, computes the linear modules with 8-bit integers: several times as
+                fast where the processor has instructions for them (VNNI), at a cosine of 0.99 with float32.
             layers: `last` for the model's own vector. `thirds`, where the model is a transformer over text: the mean
                 hidden states after one and two thirds of its layers and after the last, of equal length, one after
                 the other. The lower ones tell more of a prompt's form, the last more of what it is about.
@@ -101,17 +100,22 @@ class SentenceEncoder:
         self._batch_size = batch_size
         self._size = _least(max_tokens, _limit(self._model)) if _takes_tokens(self._model) else max_tokens
         self._layers = layers if _takes_tokens(self._model) else "last"
-        self.tag = f"{name}#{self._fingerprint()}:{self._size}:{precision}:{self._layers}#{instruction}"
         self._window = Window(self._model.tokenizer, self._size) if _takes_tokens(self._model) else None
+        fingerprint = self._fingerprint()
         self._bert = self._prepare(precision)
+        kind = f"{precision}/onnx" if self._bert and precision == "int8" else precision
+        self.tag = f"{name}#{fingerprint}:{self._size}:{kind}:{self._layers}#{instruction}"
 
-    def _prepare(self, precision: Precision) -> PackedBert | None:
-        """The model in the wanted precision: a forward pass of our own, or the model itself changed."""
-        from loraretriever.retrieve.bert import PackedBert, to_int8
+    def _prepare(self, precision: Precision) -> OnnxBert | None:
+        """The model in the wanted precision: by another runtime, or the model itself changed."""
+        from loraretriever.retrieve.bert import OnnxBert
+        from loraretriever.retrieve.int8 import to_int8
 
         modules = list(self._model)
-        if self._window and getattr(modules[1], "pooling_mode", None) in _POOLS and PackedBert.fits(_inner(modules[0])):
-            return PackedBert(_inner(modules[0]), int8=precision == "int8")
+        if self._window and getattr(modules[1], "pooling_mode", None) in _POOLS and OnnxBert.fits(_inner(modules[0])):
+            bert = OnnxBert(_inner(modules[0]), int8=precision == "int8")
+            _inner(modules[0]).to("meta")  # its weights are not needed twice
+            return bert
         if precision == "int8":
             to_int8(self._model)
         return None
@@ -138,7 +142,7 @@ class SentenceEncoder:
         vectors = self._encode_tokens(self._window.read(cut)) if self._window else self._encode_texts(cut)
         if self._layers == "last":
             vectors = vectors[:, : self._model.truncate_dim]
-        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12), dtype=np.float32)
+        return _unit(vectors)
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """How many tokens `encode` reads of the texts; words, where the model has no tokenizer that we know."""
@@ -162,12 +166,12 @@ class SentenceEncoder:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
         with torch.inference_mode():
-            parts = [self._forward([rows[i] for i in batch]).float().cpu().numpy() for batch in batches]
+            parts = [self._forward([rows[i] for i in batch]) for batch in batches]
         vectors: Vectors = np.empty((len(rows), parts[0].shape[1]), dtype=np.float32)
         vectors[order] = np.concatenate(parts)
         return vectors
 
-    def _forward(self, rows: list[list[int]]) -> torch.Tensor:
+    def _forward(self, rows: list[list[int]]) -> Vectors:
         """Shape: rows of token ids -> (len(rows), dimension)."""
         import torch
 
@@ -177,25 +181,33 @@ class SentenceEncoder:
             features = self._model(_padded(rows, self._model.tokenizer, self._model.device))
         else:
             pool = _POOLS[self._model[1].pooling_mode]
-            features = {"sentence_embedding": torch.stack([pool(states) for states in self._bert(rows)])}
+            features = {"sentence_embedding": torch.from_numpy(np.stack([pool(text) for (text,) in self._bert(rows)]))}
             for module in list(self._model)[2:]:
                 features = module(features)
-        vectors: torch.Tensor = features["sentence_embedding"]
-        return vectors
+        return _to_numpy(features["sentence_embedding"])
 
-    def _forward_thirds(self, rows: list[list[int]]) -> torch.Tensor:
+    def _forward_thirds(self, rows: list[list[int]]) -> Vectors:
         """Shape: rows of token ids -> (len(rows), 3 hidden)."""
-        import torch
-
+        wanted = _thirds(_inner(self._model[0]).config.num_hidden_layers)
         if self._bert is None:
             features = _padded(rows, self._model.tokenizer, self._model.device)
             states = _inner(self._model[0])(**features, output_hidden_states=True).hidden_states[1:]
             mask = features["attention_mask"].unsqueeze(-1)
-            pooled = [(states[i] * mask).sum(1) / mask.sum(1) for i in _thirds(len(states))]
+            layers = [_to_numpy((states[i] * mask).sum(1) / mask.sum(1)) for i in wanted]
         else:
-            layers = self._bert.every_layer(rows)
-            pooled = [torch.stack([text.mean(0) for text in layers[i]]) for i in _thirds(len(layers))]
-        return torch.cat([torch.nn.functional.normalize(each, dim=1) for each in pooled], dim=1)
+            texts = [[states.mean(0) for states in text] for text in self._bert(rows, wanted)]
+            layers = [np.stack(layer) for layer in zip(*texts, strict=True)]
+        return np.concatenate([_unit(layer) for layer in layers], axis=1)
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    """Rows of length 1, or of length 0 as they were."""
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12), dtype=np.float32)
+
+
+def _to_numpy(vectors: torch.Tensor) -> Vectors:
+    found: Vectors = vectors.float().cpu().numpy()
+    return found
 
 
 def _thirds(layers: int) -> list[int]:

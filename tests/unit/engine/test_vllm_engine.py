@@ -305,7 +305,7 @@ def test_after_some_attempts_it_is_given_up(
     assert len(fake.bodies) == 3
 
 
-@pytest.mark.parametrize(("trouble", "said"), [("cut", "failed: RemoteProtocolError"), ("error", "broken inside")])
+@pytest.mark.parametrize(("trouble", "said"), [("cut", "failed: ClientPayloadError"), ("error", "broken inside")])
 def test_what_breaks_in_the_middle_is_an_error_and_not_said_twice(
     engine: VllmEngine, fake: FakeVllm, trouble: str, said: str
 ) -> None:

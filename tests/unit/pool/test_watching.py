@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 
 from loraretriever.errors import AdapterNotFoundError, PoolAwayError, PoolError
 from loraretriever.pool import Pool, keys
-from loraretriever.pool.watching import ChangeWatch
+from loraretriever.pool.watching import Memory
 from places import make_place
 from postgres_server import PostgresServer
 from tiny import write_peft_folder
@@ -122,19 +122,12 @@ def test_a_database_restored_from_a_copy(pool: Pool, watching: Pool) -> None:
     until(lambda: watching.change == 1)
 
 
-def test_a_value_read_while_the_pool_changes_is_not_remembered(pool: Pool) -> None:
-    watch = ChangeWatch(pool._layout.url, pool.change)
-    try:
-
-        def read() -> str:
-            watch.advance(watch.number + 1)
-            return "old"
-
-        assert watch.remembered("key", read) == "old"
-        assert watch.remembered("key", lambda: "new") == "new"
-        assert watch.remembered("key", lambda: "newer") == "new"
-    finally:
-        watch.close()
+def test_what_is_read_is_remembered_until_the_next_change() -> None:
+    memory = Memory()
+    assert memory.recall("key", 1, lambda: "old") == "old"
+    assert memory.recall("key", 1, lambda: "new") == "old"
+    assert memory.recall("other", 1, lambda: "new") == "new"
+    assert memory.recall("key", 2, lambda: "new") == "new"
 
 
 def test_a_server_that_restarts(

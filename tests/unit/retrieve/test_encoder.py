@@ -92,7 +92,7 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(folder: Path, tmp_path: 
 
 
 def test_the_int8_product_is_the_formula() -> None:
-    from loraretriever.retrieve.bert import Int8Linear
+    from loraretriever.retrieve.int8 import Int8Linear
 
     torch.manual_seed(0)
     for bias in (True, False):
@@ -109,7 +109,7 @@ def test_the_int8_product_is_the_formula() -> None:
 
 
 def test_int8_never_overflows() -> None:
-    from loraretriever.retrieve.bert import Int8Linear
+    from loraretriever.retrieve.int8 import Int8Linear
 
     linear = torch.nn.Linear(512, 8)
     torch.nn.init.constant_(linear.weight, -1.0)

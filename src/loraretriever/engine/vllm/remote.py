@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
+import aiohttp
 
 from loraretriever.engine.sampler import Sampled
 from loraretriever.engine.vllm.backend import Job, Limits, Part
@@ -34,7 +34,8 @@ _POLL = 0.5  # seconds between attempts to reach a server that starts
 _CONNECT = 5.0  # seconds
 _REST = 5.0  # seconds for which a server that failed comes last
 _BALANCE = 1.25  # the most that a server may have, as a multiple of the mean, before jobs go to another one
-_CONNECTIONS = 1024
+_EVENT_END = b"\n\n"
+_FAILURES = (aiohttp.ClientError, TimeoutError)  # of a server, or on the way to it
 _BIAS = 100.0  # the most that vLLM adds to a logit
 
 
@@ -66,12 +67,17 @@ class RemoteBackend:
         """
         self._servers = [_Server(url) for url in urls]
         self._timeout = timeout
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(None, connect=_CONNECT),
-            limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
-        )
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._opened: aiohttp.ClientSession | None = None
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """The connections; they belong to the loop in which they are first asked for."""
+        if self._opened is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT)
+            connector = aiohttp.TCPConnector(limit=0)
+            self._opened = aiohttp.ClientSession(headers=self._headers, timeout=timeout, connector=connector)
+        return self._opened
 
     async def limits(self) -> Limits:
         """See `Backend`; of several servers the least of each."""
@@ -105,7 +111,8 @@ class RemoteBackend:
 
     async def close(self) -> None:
         """See `Backend`."""
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.close()
 
     def _ordered(self, model: str) -> list[_Server]:
         """The servers, the model's own one first (rendezvous hashing with bounded loads), those that failed last."""
@@ -123,23 +130,25 @@ class RemoteBackend:
         until = time.monotonic() + self._timeout
         while True:
             try:
-                answer = await self._client.get(server.url + _INFO)
+                async with self._session.get(server.url + _INFO) as answer:
+                    status, body = answer.status, await answer.read()
                 break
-            except httpx.HTTPError as error:
+            except _FAILURES as error:
                 if time.monotonic() >= until:
                     raise ModelLoadError(
                         f"there is no vLLM server at {server.url}: {_said(error)}. Start it, or name another address "
                         "(vllm_urls)."
                     ) from error
                 await asyncio.sleep(_POLL)
-        if answer.status_code == 404:
+        if status == 404:
             raise ModelLoadError(
                 f"the server at {server.url} has no plug-in of LoraRetriever; install loraretriever where vLLM is, and "
                 "start vLLM with VLLM_PLUGINS=loraretriever in its environment."
             )
-        if answer.status_code != 200:
-            raise ModelLoadError(f"the vLLM server at {server.url} answers {answer.status_code}: {answer.text[:300]}")
-        info = answer.json()
+        if status != 200:
+            said = body[:300].decode("utf-8", "replace")
+            raise ModelLoadError(f"the vLLM server at {server.url} answers {status}: {said}")
+        info = json.loads(body)
         if not info["pool"]:
             raise ModelLoadError(
                 f"the vLLM server at {server.url} does not know the pool; start it with --enable-lora, and with "
@@ -157,19 +166,17 @@ class RemoteBackend:
         has_begun = False
         server.running += 1
         try:
-            async with self._client.stream("POST", server.url + "/v1/completions", json=_body(job)) as answer:
-                if answer.status_code != 200:
-                    raise _refusal(server, job, answer.status_code, await answer.aread())
+            async with self._session.post(f"{server.url}/v1/completions", json=_body(job)) as answer:
+                if answer.status != 200:
+                    raise _refusal(server, job, answer.status, await answer.read())
                 on_start()
                 last: Part | None = None  # of a single answer, kept for what is said of the prompt after it
-                async for line in self._lines(server, answer):
-                    if line == "data: [DONE]":
+                async for event in self._events(server, answer):
+                    if event == b"[DONE]":
                         if last is not None:
                             yield last
                         return
-                    if not line.startswith("data: "):
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
+                    chunk = json.loads(event)
                     has_begun = True
                     if last is not None:
                         last = replace(last, cached=_cached(chunk))
@@ -178,8 +185,8 @@ class RemoteBackend:
                             last = part
                         else:
                             yield part
-                raise httpx.RemoteProtocolError("the answer ended before it was complete")
-        except httpx.HTTPError as error:
+                raise aiohttp.ClientPayloadError("the answer ended before it was complete")
+        except _FAILURES as error:
             server.failed = time.monotonic()
             failure = EngineError(f"the vLLM server at {server.url} failed: {_said(error)}; send the request again.")
             if has_begun:
@@ -188,29 +195,30 @@ class RemoteBackend:
         finally:
             server.running -= 1
 
-    async def _lines(self, server: _Server, answer: httpx.Response) -> AsyncGenerator[str]:
-        """The lines of an answer. Where none comes for long, the server is asked whether it lives.
+    async def _events(self, server: _Server, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+        """The data of an answer's events. Where nothing comes for long, the server is asked whether it lives.
 
         Raises:
-            httpx.HTTPError: it does not, or the answer breaks off.
+            aiohttp.ClientError, TimeoutError: it does not, or the answer breaks off.
         """
-        lines = answer.aiter_lines()
-        while True:
-            coming = asyncio.ensure_future(anext(lines, None))
+        rest = b""
+        while not answer.content.at_eof():
             try:
-                while not (await asyncio.wait({coming}, timeout=self._timeout))[0]:
-                    await self._check_alive(server)
-                line = coming.result()
-            finally:
-                coming.cancel()
-            if line is None:
-                return
-            yield line
+                async with asyncio.timeout(self._timeout):
+                    rest += await answer.content.readany()
+            except TimeoutError:
+                await self._check_alive(server)
+                continue
+            *events, rest = rest.split(_EVENT_END)
+            for event in events:
+                if event.startswith(b"data: "):
+                    yield event.removeprefix(b"data: ")
 
     async def _check_alive(self, server: _Server) -> None:
-        health = await self._client.get(f"{server.url}/health", timeout=_CONNECT)
-        if health.status_code != 200:
-            raise httpx.RemoteProtocolError(f"it says of itself that it is not well: {health.status_code}")
+        timeout = aiohttp.ClientTimeout(total=_CONNECT)
+        async with self._session.get(f"{server.url}/health", timeout=timeout) as health:
+            if health.status != 200:
+                raise aiohttp.ClientPayloadError(f"it says of itself that it is not well: {health.status}")
 
 
 def _body(job: Job) -> dict[str, Any]:
