@@ -164,6 +164,15 @@ class KeyStore:
         self._known.pop(key.id, None)
         return key
 
+    def are_known(self, secret: str | None) -> bool:
+        """Whether `exist`, and where keys exist `find` with this secret, answer at once, without the database."""
+        now = time.monotonic()
+        if not self._exist:
+            return now - self._looked < CACHE_SECONDS
+        match = None if secret is None else _SECRET.fullmatch(secret)
+        known = self._known.get(match[1]) if match is not None else None
+        return match is None or (known is not None and now - known.since < CACHE_SECONDS)
+
     def exist(self) -> bool:
         """Whether a key was ever made: a server over a pool whose keys are all revoked is not open."""
         if not self._exist and time.monotonic() - self._looked >= CACHE_SECONDS:

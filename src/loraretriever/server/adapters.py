@@ -36,13 +36,12 @@ from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import ApiError
 from loraretriever.server.intake import Offer, Place
 from loraretriever.server.jobs import JobObject, Progress, Result, job_object
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import ServerState, State
 from loraretriever.server.uploads import FILES, receive
 from loraretriever.types import Adapter
 
 T = TypeVar("T", bound=AdapterDetails)
 router = APIRouter(tags=["adapters"])
-State = Annotated[ServerState, Depends(server_state)]
 Reading = Annotated[Caller, Depends(require("pool:read"))]
 Writing = Annotated[Caller, Depends(require("pool:write"))]
 

@@ -83,10 +83,15 @@ async def find_caller(connection: HTTPConnection) -> Caller:
     state = server_state(connection)
     secret = _secret(connection)
     keys = state.retriever.pool.keys
-    if not state.may_be_open or await state.run(keys.exist):
+
+    def look() -> tuple[bool, Key | None]:
+        exist = keys.exist()
+        return exist, keys.find(secret) if exist and secret is not None else None
+
+    exist, key = look() if keys.are_known(secret) else await state.run(look)
+    if exist or not state.may_be_open:
         if secret is None:
             raise ApiError(401, "this server needs an API key; send it as: Authorization: Bearer KEY")
-        key = await state.run(keys.find, secret)
         if key is None:
             raise ApiError(401, "the API key is unknown, expired or revoked.")
         return Caller(key.scopes, key.tenant, key)

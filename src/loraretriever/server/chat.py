@@ -13,13 +13,12 @@ from loraretriever.server.answering import Answering, Ask
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import ApiError, to_api_error
 from loraretriever.server.schemas import AnswerBody, ChatBody, CompletionBody
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import ServerState, State
 from loraretriever.server.streaming import KEEP_ALIVE, EventStream
 from loraretriever.server.wire import DONE, FINISH_REASONS, chat_logprobs, dump, event, plain_logprobs
 from loraretriever.types import Generation, Message, Piece, TokenLogprob
 
 router = APIRouter(tags=["answers"])
-State = Annotated[ServerState, Depends(server_state)]
 Generating = Annotated[Caller, Depends(require("generate"))]
 
 

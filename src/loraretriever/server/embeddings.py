@@ -12,7 +12,7 @@ from loraretriever.server import auth, observe
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import ApiError
 from loraretriever.server.schemas import EmbeddingBody
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import State
 from loraretriever.server.targets import AUTO
 
 router = APIRouter(tags=["retrieval"])
@@ -21,7 +21,7 @@ router = APIRouter(tags=["retrieval"])
 @router.post("/v1/embeddings")
 async def embeddings(
     body: EmbeddingBody,
-    state: Annotated[ServerState, Depends(server_state)],
+    state: State,
     caller: Annotated[Caller, Depends(require("route"))],
 ) -> dict[str, Any]:
     """Unit vectors of texts, by the pool's sentence encoder."""

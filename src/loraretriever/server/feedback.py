@@ -10,13 +10,12 @@ from pydantic import Field
 from loraretriever.server import auth
 from loraretriever.server.auth import Caller, require, require_operator
 from loraretriever.server.schemas import Body, Name, Prompt
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import State
 from loraretriever.server.targets import Names
 from loraretriever.types import Feedback
 
 router = APIRouter(tags=["retrieval"])
 FeedbackState = Literal["pending", "approved", "rejected", "all"]
-State = Annotated[ServerState, Depends(server_state)]
 
 
 class FeedbackBody(Body):

@@ -8,10 +8,9 @@ from fastapi import APIRouter, Depends
 
 from loraretriever.compose import strategy_names
 from loraretriever.server.auth import Caller, require
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import State
 
 router = APIRouter(tags=["server"])
-State = Annotated[ServerState, Depends(server_state)]
 
 
 @router.get("/health")

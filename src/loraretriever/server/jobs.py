@@ -22,7 +22,7 @@ from loraretriever.pool import Job, JobError, Pool, public_name
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import STOPPING, ApiError, to_api_error
 from loraretriever.server.metrics import JobState
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import State
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[float, str], None]  # how much is done, from 0 to 1, and what is being done now
@@ -30,7 +30,6 @@ Result = dict[str, Any]
 MAX_UNFINISHED = 16  # jobs of one tenant: what one sends leaves room for the others
 
 router = APIRouter(tags=["jobs"])
-State = Annotated[ServerState, Depends(server_state)]
 Reading = Annotated[Caller, Depends(require("pool:read"))]
 
 

@@ -9,12 +9,11 @@ from fastapi import APIRouter, Depends
 from loraretriever.pool import public_name
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.schemas import LoraOptions
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import ServerState, State
 from loraretriever.server.targets import AUTO, BASE, Names, find_target
 from loraretriever.types import Adapter
 
 router = APIRouter(tags=["answers"])
-State = Annotated[ServerState, Depends(server_state)]
 Reading = Annotated[Caller, Depends(require("generate", "route", "pool:read"))]
 
 

@@ -14,13 +14,12 @@ from loraretriever.server import auth
 from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import ApiError
 from loraretriever.server.schemas import RouteBody
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import ServerState, State
 from loraretriever.server.targets import Names, filters
 from loraretriever.server.wire import explanation_json
 from loraretriever.types import Route
 
 router = APIRouter(tags=["retrieval"])
-State = Annotated[ServerState, Depends(server_state)]
 
 
 @router.post("/v1/route")

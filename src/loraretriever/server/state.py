@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar, cast
 
+from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from loraretriever.pipeline import LoraRetriever
@@ -96,5 +97,13 @@ class ServerState:
 
 
 def server_state(connection: HTTPConnection) -> ServerState:
-    """The state of the server that a request came to; also a FastAPI dependency."""
+    """The state of the server that a request came to."""
     return cast(ServerState, connection.app.state.server)
+
+
+async def _server_state(connection: HTTPConnection) -> ServerState:
+    """The same as a dependency: FastAPI calls those that are no coroutines in threads of its own."""
+    return server_state(connection)
+
+
+State = Annotated[ServerState, Depends(_server_state)]

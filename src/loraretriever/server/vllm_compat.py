@@ -18,10 +18,9 @@ from loraretriever.server.auth import Caller, require
 from loraretriever.server.errors import ApiError
 from loraretriever.server.intake import Offer, Place
 from loraretriever.server.schemas import Text
-from loraretriever.server.state import ServerState, server_state
+from loraretriever.server.state import ServerState, State
 
 router = APIRouter(tags=["vllm"])
-State = Annotated[ServerState, Depends(server_state)]
 Writing = Annotated[Caller, Depends(require("pool:write"))]
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 LoraName = Annotated[Text, StringConstraints(max_length=512)]
