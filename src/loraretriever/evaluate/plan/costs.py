@@ -11,12 +11,14 @@ from typing import Any
 
 from loraretriever.errors import InvalidInputError
 
+SIZES = (2, 4, 8, 16)  # tokens of a step from which on it takes `tokens_2`, `tokens_4` and so on
+
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """What one step does. A token's pairs are the tokens that it attends to; its uses the adapters that act on it."""
 
-    batch: int = 0  # 1 if it has more than one token: matrix products, in place of products with a vector
+    tokens: int = 0  # of prompts and answers
     rows: int = 0  # sequences that get a token
     prompt: int = 0  # tokens of prompts
     chunks: int = 0  # sequences that these are of
@@ -29,18 +31,19 @@ class StepWork:
     @property
     def features(self) -> tuple[float, ...]:
         """What each of `StepCosts.coefficients` is multiplied with."""
-        tokens = self.batch, self.rows, self.prompt, self.chunks, self.pairs
-        return 1.0, *tokens, self.adapted, self.adapters, self.uses, self.writes
+        sizes = (float(self.tokens >= least) for least in SIZES)
+        tokens = self.rows, self.prompt, self.chunks, self.pairs
+        return 1.0, *sizes, *tokens, self.adapted, self.adapters, self.uses, self.writes
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
-    Semantics: a step takes step + batch·batch + row·rows + prompt·prompt + chunk·chunks + pair·pairs +
-    adapted·adapted + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. `load` seconds after
-    its turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading
-    those.
+    Semantics: a step takes step + row·rows + prompt·prompt + chunk·chunks + pair·pairs + adapted·adapted +
+    adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. With n tokens or more it takes `tokens_n`
+    more: products of more rows are computed in other ways, and their time jumps. `load` seconds after its turn has
+    come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
@@ -49,7 +52,10 @@ class StepCosts:
     step: float
     row: float
     prompt: float
-    batch: float = 0.0
+    tokens_2: float = 0.0
+    tokens_4: float = 0.0
+    tokens_8: float = 0.0
+    tokens_16: float = 0.0
     chunk: float = 0.0
     pair: float = 0.0
     adapted: float = 0.0
@@ -71,8 +77,9 @@ class StepCosts:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Those of a step, in the order of `StepWork.features`."""
-        tokens = self.batch, self.row, self.prompt, self.chunk, self.pair
-        return self.step, *tokens, self.adapted, self.adapter, self.use, self.write
+        sizes = self.tokens_2, self.tokens_4, self.tokens_8, self.tokens_16
+        tokens = self.row, self.prompt, self.chunk, self.pair
+        return self.step, *sizes, *tokens, self.adapted, self.adapter, self.use, self.write
 
     def seconds(self, work: StepWork) -> float:
         """Of one step."""

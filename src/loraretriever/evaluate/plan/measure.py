@@ -36,7 +36,10 @@ _MIB = 1 << 20
 _LOAD_SLOTS = 2
 _WARM_PROMPT = 4  # tokens
 _LEAST_STEP = 1e-9  # seconds: a step takes some time, whatever noise there was
-_FITTED = ("step", "batch", "row", "prompt", "chunk", "pair", "adapted", "adapter", "use")
+_FITTED = (
+    "step", "tokens_2", "tokens_4", "tokens_8", "tokens_16",
+    "row", "prompt", "chunk", "pair", "adapted", "adapter", "use",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,11 @@ class Case:
 
 CASES = (
     Case(1, 16, 32),
+    Case(2, 16, 32),
+    Case(3, 16, 32),
     Case(4, 16, 32),
+    Case(6, 16, 32),
+    Case(10, 16, 32),
     Case(16, 16, 32),
     Case(32, 16, 32),
     Case(1, 256, 2),
@@ -82,6 +89,8 @@ CASES = (
     Case(8, 448, 24),
     Case(1, 16, 32, 1, 1),
     Case(1, 16, 32, 3, 3),
+    Case(2, 16, 32, 3, 6),
+    Case(3, 16, 32, 3, 9),
     Case(8, 16, 32, 1, 8),
     Case(32, 16, 24, 1, 24),
     Case(8, 16, 32, 3, 24),
@@ -92,6 +101,7 @@ CASES = (
     Case(8, 128, 32, running=2),
     Case(8, 128, 32, 1, 8, running=2),
     Case(8, 128, 32, 3, 24, running=2),
+    Case(9, 128, 32, 3, 24, running=3),
     Case(12, 128, 32, running=4),
     Case(12, 128, 32, 1, 12, running=4),
     Case(12, 128, 32, 3, 12, running=4),

@@ -261,10 +261,11 @@ class Replica:
 
 
 def _work(chunks: Sequence[tuple[Job, int]], writes: int) -> StepWork:
-    rows = prompt = parts = uses = 0
+    tokens = rows = prompt = parts = uses = 0
     pairs = 0.0
     adapters: set[Hashable] = set()
     for job, count in chunks:
+        tokens += count
         rows += job.computed + count == job.tokens
         if job.tokens - job.computed > 1:
             prompt += count
@@ -272,8 +273,7 @@ def _work(chunks: Sequence[tuple[Job, int]], writes: int) -> StepWork:
         pairs += count * (job.computed + (count + 1) / 2)
         uses += count * len(job.adapters)
         adapters |= job.adapters
-    batch = int(len(chunks) > 1 or prompt > 1)
-    return StepWork(batch, rows, prompt, parts, pairs, int(bool(adapters)), len(adapters), uses, writes)
+    return StepWork(tokens, rows, prompt, parts, pairs, int(bool(adapters)), len(adapters), uses, writes)
 
 
 @dataclass(frozen=True, slots=True)
