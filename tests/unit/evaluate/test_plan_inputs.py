@@ -38,15 +38,6 @@ COSTS = StepCosts(
     adapted=0.003,
     adapter=1e-3,
     use=1e-4,
-    row=0.004,
-    prompt=0.002,
-    tokens_2=0.01,
-    tokens_8=0.02,
-    chunk=0.005,
-    pair=1e-5,
-    adapted=0.003,
-    adapter=1e-3,
-    use=1e-4,
 )
 FOOTPRINT = Footprint(weights=1000, adapter=100, token=10)
 
