@@ -29,6 +29,7 @@ class State:
     change: int
     members: dict[str, Member]
     snapshot: Snapshot
+    learnt_at: int  # the change of the members that the snapshot's model was learnt from
     is_learnt: bool  # from exactly these members
 
 
@@ -53,7 +54,8 @@ class Follower:
     """Follows what one reader sees of a pool.
 
     A change is in force at the next `current`: what was added is described by the model learnt before. Then a thread
-    learns anew from all adapters, and its result replaces the old one at once.
+    learns anew from all adapters, and its result replaces the old one at once. What changed while it learnt is
+    described by the new model, and the thread goes on.
     """
 
     def __init__(
@@ -167,15 +169,15 @@ class Follower:
             return replace(state, change=change)
         members = {name: member for name, member in state.members.items() if name not in gone} | new
         snapshot = state.snapshot.changed(new, gone)
-        is_learnt = snapshot is None
-        snapshot = snapshot or self._learnt(members)
-        return replace(state, change=change, members=members, snapshot=snapshot, is_learnt=is_learnt)
+        if snapshot is None:
+            return State(state.encoder, state.encoder_name, change, members, self._learnt(members), change, True)
+        return replace(state, change=change, members=members, snapshot=snapshot, is_learnt=False)
 
     def _read_all(self, encoder: Encoder, name: str | None) -> State:
         change = self.pool.change
         embed_missing(self.pool, encoder)
         _, members = self._read(encoder, [adapter.name for adapter in self.pool.list(enabled_only=True)])
-        return State(encoder, name, change, members, self._learnt(members), True)
+        return State(encoder, name, change, members, self._learnt(members), change, True)
 
     def _read(self, encoder: Encoder, names: Collection[str]) -> tuple[set[str], dict[str, Member]]:
         """Which of the adapters are there and enabled, and those of them whose samples are all embedded."""
@@ -212,9 +214,8 @@ class Follower:
                     assert state is not None
                     learnt = self._learnt_from(state)
                 with self._lock:
-                    if self._state is state:
-                        self._state = learnt
-                    if self._state is not None and self._is_settled(self._state):
+                    self._state = self._brought_up(learnt)
+                    if self._is_settled(self._state):
                         self._thread = None
                         return
             except Exception as error:  # told to whoever waits in `settle`; the state in force stays in force
@@ -225,8 +226,26 @@ class Follower:
     def _learnt_from(self, state: State) -> State:
         name = self.pool.encoder
         if name != state.encoder_name:
-            return self._read_all(self._shared.encoder(name), name)
-        return replace(state, snapshot=self._learnt(state.members), is_learnt=True)
+            learnt = self._read_all(self._shared.encoder(name), name)
+            return self._follow(learnt)  # all that came meanwhile is embedded here, and not while the lock is held
+        return replace(state, snapshot=self._learnt(state.members), learnt_at=state.change, is_learnt=True)
+
+    def _brought_up(self, learnt: State) -> State:
+        """What was learnt, brought up to what is in force now; the lock is held."""
+        now = self._state
+        assert now is not None
+        if learnt.encoder_name != now.encoder_name:  # its vectors cannot be compared with those of the members now
+            return learnt if learnt.change >= now.change else self._follow(learnt)
+        if now.learnt_at > learnt.learnt_at:  # so much changed that `_changed` has learnt
+            return now
+        new = {name: member for name, member in now.members.items() if not member.equals(learnt.members.get(name))}
+        gone = learnt.members.keys() - now.members.keys()
+        if not new and not gone:
+            return replace(now, snapshot=learnt.snapshot, learnt_at=learnt.learnt_at, is_learnt=True)
+        snapshot = learnt.snapshot.changed(new, gone)
+        if snapshot is None:
+            return now
+        return replace(now, snapshot=snapshot, learnt_at=learnt.learnt_at, is_learnt=False)
 
 
 def _is_embedded(entry: PoolEntry) -> bool:

@@ -65,7 +65,7 @@ class Member:
 
     def equals(self, other: Member | None) -> bool:
         """Whether nothing differs: then nothing else can be learnt from it."""
-        return (
+        return other is self or (
             other is not None
             and (self.name, self.tags, self.tenant, self.base_model)
             == (other.name, other.tags, other.tenant, other.base_model)

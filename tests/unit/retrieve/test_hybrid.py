@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelLoadError
+from loraretriever.errors import AdapterNotFoundError, InvalidInputError, ModelLoadError, PoolAwayError
 from loraretriever.pool import Pool
 from loraretriever.retrieve import HybridRetriever
 from loraretriever.retrieve.encoder import Encoder, Vectors
+from loraretriever.retrieve.follower import State
 from loraretriever.retrieve.hybrid import _pieces
+from loraretriever.retrieve.model import Member
 from loraretriever.retrieve.snapshot import Snapshot
 from loraretriever.types import AdapterFilter, Ranking
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
@@ -286,18 +288,150 @@ def test_readers_go_on_while_it_learns(pool: Pool, add: Add, gate: Gate) -> None
     assert learnt[1].hits[0].logit != pytest.approx(described[1].hits[0].logit), "it was not learnt before"
 
 
-def test_what_was_learnt_from_an_older_state_is_not_used(pool: Pool, add: Add, gate: Gate) -> None:
+class Changing:
+    """Changes a pool, and asks the retriever, while each of the first snapshots is learnt in the learning thread.
+
+    `expected` are the snapshots that are to be in force when the next learning begins: what was learnt from the members
+    at the beginning, with the later changes beside it. `found` are those that are in force then.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, retriever: HybridRetriever, changes: list[Callable[[], None]]):
+        self.expected: list[Snapshot] = []
+        self.found: list[Snapshot] = []
+        self.states: list[State] = []  # the same moments as `found`
+        self.failures: list[Exception] = []
+        follower, left = retriever._follower, iter(changes)
+        original = Snapshot.learnt.__func__  # type: ignore[attr-defined]
+
+        def state() -> State:
+            assert follower._state is not None
+            return follower._state
+
+        def learnt(cls: type[Snapshot], members: list[Member], *arguments: Any) -> Snapshot:
+            made: Snapshot = original(cls, members, *arguments)
+            if threading.current_thread().name != "loraretriever-learning":
+                return made
+            if len(self.found) < len(self.expected):
+                self.found.append(state().snapshot)
+                self.states.append(state())
+            if (change := next(left, None)) is not None:
+                change()
+                retriever.rank(["hello"], 1)
+                before, now = {member.name: member for member in members}, state().members
+                after = made.changed(
+                    {name: member for name, member in now.items() if before.get(name) is not member},
+                    before.keys() - now.keys(),
+                )
+                assert after is not None
+                self.expected.append(after)
+            return made
+
+        monkeypatch.setattr(Snapshot, "learnt", classmethod(learnt))
+
+
+PROMPTS = ["a query over two tables", "in german please", "a poem of numbers", "roast a cake", "unheard syllables"]
+
+
+def ranked(snapshot: Snapshot, encoder: Encoder) -> list[Any]:
+    """All that a snapshot says, to the last bit."""
+    told = snapshot.rank(encoder.encode(PROMPTS), PROMPTS, AdapterFilter())
+    return [[each.names, each.logits.tolist(), each.probabilities.tolist(), each.fit] for each in told]
+
+
+def test_what_was_learnt_is_used_although_the_pool_changes_during_each_learning(
+    pool: Pool, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add("sql", "german", "math")
+    encoder = WordEncoder()
+    retriever = hybrid(pool, encoder)
+    names(retriever, "hello")
+    changes: list[Callable[[], None]] = [
+        lambda: add("cake", samples=["bake a cake", "cook a meal", "roast potatoes"]),
+        lambda: pool.remove("german"),
+        lambda: pool.add_samples("math", ["divide the numbers", "a poem of numbers"]),
+        lambda: pool.add_samples("sql", ["a poem of numbers"], counter=True),
+        lambda: (pool.remove("cake"), add("cake", samples=["a cake in german"]))[0],
+    ]
+    changing = Changing(monkeypatch, retriever, changes)
+    add("poem")
+    retriever.settle()
+    assert len(changing.found) == len(changing.expected) == len(changes)
+    for found, expected in zip(changing.found, changing.expected, strict=True):
+        assert ranked(found, encoder) == ranked(expected, encoder)
+    assert not any(state.is_learnt for state in changing.states), "the changes are still to be learnt"
+    assert ["german" in ranked(each, encoder)[0][0] for each in changing.found] == [True] + [False] * 4
+    assert_same(retriever.rank(PROMPTS, 9), hybrid(pool, encoder).rank(PROMPTS, 9))
+
+
+def test_what_was_learnt_is_used_where_only_the_number_of_the_change_is_another(
+    pool: Pool, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is learnt a second time then."""
     add("sql", "german", "math")
     retriever = hybrid(pool)
     names(retriever, "hello")
-    pool.remove("math")
+    changing = Changing(monkeypatch, retriever, [lambda: add("sql")])
+    add("poem")
+    retriever.settle()
+    assert len(changing.expected) == 1 and not changing.found
+    assert_same(retriever.rank(PROMPTS, 9), hybrid(pool).rank(PROMPTS, 9))
+
+
+def test_what_a_request_had_to_learn_meanwhile_is_kept(
+    pool: Pool, add: Add, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is learnt from later members."""
+    monkeypatch.setattr("loraretriever.retrieve.snapshot.MAX_ADDED", 1)
+    add("sql", "german")
+    retriever = hybrid(pool)
+    names(retriever, "hello")
+    add("math")
     names(retriever, "hello")
     assert gate.begun.wait(20)
-    add("poem")
-    assert names(retriever, "a poem")[0] == "poem"
+    add("poem")  # one too many
+    pool.remove("german")
+    names(retriever, "hello")
+    state = retriever._follower._state
+    assert state is not None and state.is_learnt
     gate.open.set()
     retriever.settle()
-    assert_same(retriever.rank(["a poem"], 9), hybrid(pool).rank(["a poem"], 9))
+    assert retriever._follower._state is state
+    assert sorted(names(retriever, "hello")) == ["math", "poem", "sql"]
+
+
+def test_an_adapter_that_was_removed_while_it_was_learnt_does_not_come_back(
+    pool: Pool, add: Add, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from what was learnt, nor where the pool cannot be asked just then."""
+    add("sql", "german", "math")
+    retriever = hybrid(pool)
+    names(retriever, "hello")
+    add("poem")
+    names(retriever, "hello")
+    assert gate.begun.wait(20)
+    pool.remove("german")
+    assert sorted(names(retriever, "in german")) == ["math", "poem", "sql"]
+    thread, follower = retriever._follower._thread, retriever._follower
+    before = follower._state
+    assert thread is not None and before is not None
+
+    def away(self: Pool, *arguments: Any, **options: Any) -> Any:
+        raise PoolAwayError("the database is away")
+
+    with monkeypatch.context() as patch:
+        for method in ("changes_since", "entries", "missing_embeddings", "list"):
+            patch.setattr(Pool, method, away)
+        patch.setattr(follower, "_is_settled", lambda state: True)
+        gate.open.set()
+        thread.join(20)
+        assert not thread.is_alive() and follower._failure is None
+        state = follower._state
+        assert state is not None and state.learnt_at > before.learnt_at, "what was learnt is in force"
+        patch.setattr(Pool, "change", property(away))
+        assert sorted(names(retriever, "in german")) == ["math", "poem", "sql"], "it needs nothing of the pool"
+    follower._away_until = 0.0
+    retriever.settle()
+    assert_same(retriever.rank(PROMPTS, 9), hybrid(pool).rank(PROMPTS, 9))
 
 
 def test_a_failure_to_learn_is_told_once_and_tried_again(pool: Pool, add: Add, gate: Gate) -> None:
@@ -417,6 +551,92 @@ def test_a_change_during_the_change_of_encoder(pool: Pool, add: Add) -> None:
     encoders.open.set()
     retriever.settle()
     assert_same(retriever.rank(["a poem"], 9), HybridRetriever(pool, Encoders()).rank(["a poem"], 9))
+
+
+def test_a_new_encoder_comes_into_force_although_the_pool_changes_during_each_learning(
+    pool: Pool, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is added while it is learnt for the new encoder is embedded before the lock is taken."""
+    add("sql", "german", "math")
+    encoders = Encoders()
+    retriever = HybridRetriever(pool, encoders)
+    names(retriever, "hello")
+    locked: dict[str, bool] = {}
+
+    class Watched(WordEncoder):
+        def encode(self, texts: Sequence[str]) -> Vectors:
+            locked.update(dict.fromkeys(texts, retriever._follower._lock.locked()))
+            return super().encode(texts)
+
+    encoders.made["tests/another"] = Watched("tests/another")
+    changes: list[Callable[[], None]] = [lambda: add("poem"), lambda: pool.remove("german"), lambda: add("german")]
+    original = Snapshot.learnt.__func__  # type: ignore[attr-defined]
+    left, tags = iter(changes), []
+
+    def learnt(cls: type[Snapshot], *arguments: Any) -> Snapshot:
+        if threading.current_thread().name == "loraretriever-learning":
+            state = retriever._follower._state
+            assert state is not None
+            tags.append(state.encoder.tag)
+            if (change := next(left, None)) is not None:
+                change()
+                retriever.rank(["hello"], 1)
+        return original(cls, *arguments)
+
+    monkeypatch.setattr(Snapshot, "learnt", classmethod(learnt))
+    pool.set_encoder("tests/another")
+    retriever.settle()
+    old, new = (encoders.made[name].tag for name in (None, "tests/another"))
+    assert tags == [old, new, new, new], "the first that was learnt is in force"
+    assert not locked["write a poem"]
+    assert_same(retriever.rank(PROMPTS, 9), HybridRetriever(pool, Encoders()).rank(PROMPTS, 9))
+
+
+def test_another_name_for_the_same_encoder(pool: Pool, add: Add) -> None:
+    add("sql", "german")
+    retriever = hybrid(pool)
+    before = retriever.rank(PROMPTS, 9)
+    pool.set_encoder("tests/another")
+    retriever.settle()
+    state = retriever._follower._state
+    assert state is not None and state.encoder_name == "tests/another"
+    assert_same(retriever.rank(PROMPTS, 9), before)
+
+
+def test_what_changes_just_before_a_new_encoder_comes_into_force_is_read_with_it(
+    pool: Pool, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the thread has read what came while it learnt, and before it has the lock."""
+    add("sql", "german", "math")
+    encoders = Encoders()
+    retriever = HybridRetriever(pool, encoders)
+    follower = retriever._follower
+    names(retriever, "hello")
+    original = follower._learnt_from
+    changes: Iterator[Callable[[], None]] = iter([lambda: (pool.remove("german"), add("poem"))[1]])
+    states, landed = [], []
+    land = follower._brought_up
+
+    def brought_up(learnt: State) -> State:
+        landed.append(land(learnt))
+        return landed[-1]
+
+    def learnt_from(state: State) -> State:
+        states.append(state)
+        learnt = original(state)
+        if (change := next(changes, None)) is not None:
+            change()
+            assert sorted(names(retriever, "hello")) == ["math", "poem", "sql"]
+        return learnt
+
+    monkeypatch.setattr(follower, "_brought_up", brought_up)
+    monkeypatch.setattr(follower, "_learnt_from", learnt_from)
+    pool.set_encoder("tests/another")
+    retriever.settle()
+    assert [each.encoder_name for each in states] == [None, "tests/another"]
+    assert sorted(landed[0].members) == ["math", "poem", "sql"] and not landed[0].is_learnt
+    assert "write a poem" in encoders.made["tests/another"].encoded
+    assert_same(retriever.rank(PROMPTS, 9), HybridRetriever(pool, Encoders()).rank(PROMPTS, 9))
 
 
 def test_an_encoder_that_cannot_be_loaded_leaves_the_old_one(pool: Pool, add: Add) -> None:
