@@ -38,6 +38,10 @@ class EngineError(LoraRetrieverError):
     """The engine failed while it ran a request; the same request may succeed when it is sent again."""
 
 
+class EngineEndedError(EngineError):
+    """The engine has ended and runs nothing any more; another one may run the request."""
+
+
 class OverloadedError(LoraRetrieverError):
     """The engine's queue is full; the same request may be sent again later."""
 

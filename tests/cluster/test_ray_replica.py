@@ -16,8 +16,8 @@ from loraretriever.cluster import ingress, replica
 from loraretriever.cluster.replica import EngineReplica
 from loraretriever.compose import compose_explicit
 from loraretriever.config import ServerSettings, load_settings
-from loraretriever.engine.stream import Event
-from loraretriever.errors import EngineError, InvalidInputError
+from loraretriever.engine.stream import Event, Stream, Unheard
+from loraretriever.errors import EngineEndedError, EngineError, InvalidInputError
 from loraretriever.pool import Pool
 from loraretriever.server.run import Plan
 from loraretriever.types import Generation, Piece, Request, Sampling
@@ -162,6 +162,54 @@ def test_an_engine_that_hangs_is_not(engine: EngineReplica, run: Run, monkeypatc
     monkeypatch.setattr(engine._engine, "submit", lambda request: silent)
     with pytest.raises(EngineError, match="no step"):
         run(engine.check_health())
+
+
+class Left(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.mark.parametrize("what", ["answer", "check_health"])
+def test_the_replica_of_an_engine_that_has_ended_ends(
+    engine: EngineReplica, run: Run, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    def submit(request: Request) -> Stream:
+        stream = Stream(1, lambda: None, unheard)
+        stream.fail(EngineEndedError("vLLM has ended"))
+        unheard.deliver()
+        return stream
+
+    unheard = Unheard()
+    monkeypatch.setattr(replica.os, "_exit", leave)
+    run(engine.check_health())
+    monkeypatch.setattr(engine._engine, "submit", submit)
+    with pytest.raises(Left):
+        run(collect(engine, Request("Add 3 and 4.")) if what == "answer" else engine.check_health())
+
+
+def test_servers_that_are_away_are_no_fault_of_the_replica(
+    engine: EngineReplica, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With vLLM's servers behind it, a request that can be submitted and aborted is enough."""
+    unheard = Unheard()
+
+    def submit(request: Request) -> Stream:
+        def end() -> None:
+            stream.finish(Generation("", "aborted", 0, 0, 0.0))
+            unheard.deliver()
+
+        stream = Stream(1, end, unheard)
+        return stream
+
+    monkeypatch.setattr(replica, "_PROBE_SECONDS", 0.5)
+    run(engine.check_health())
+    monkeypatch.setattr(engine._engine, "submit", submit)
+    with pytest.raises(EngineError, match="no step"):
+        run(engine.check_health())
+    engine._has_servers = True
+    run(engine.check_health())
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ray import serve
 
 from loraretriever.engine import Answers
 from loraretriever.engine.memory import keep_freed_memory
-from loraretriever.errors import EngineError, LoraRetrieverError
+from loraretriever.errors import EngineEndedError, EngineError, LoraRetrieverError
 from loraretriever.models import quiet_libraries
 from loraretriever.pipeline import load_engine
 from loraretriever.pool import Pool
@@ -23,6 +25,7 @@ from loraretriever.server.run import Plan
 from loraretriever.server.streaming import Courier, Event, Inbox
 from loraretriever.types import EngineStats, Generation, Request, Sampling
 
+_log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _THREADS = 4  # for what blocks: tokenising, the pool's database, the engine's lock
 _PROBE = Request("Are you there?", sampling=Sampling(max_tokens=1), priority=-1000)
@@ -42,9 +45,13 @@ class EngineReplica:
         logs.configure(plan.server.log_level, plan.server.log_format)
         quiet_libraries()
         keep_freed_memory()
+        if plan.settings.engine == "vllm":
+            # On a CPU each replica's vLLM would bind its threads to the same processors, however many Ray reserves.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._pool = Pool.open(plan.pool)
         self._engine = load_engine(self._pool, plan.settings)
         self._engine.submit(_PROBE).result()
+        self._has_servers = bool(plan.settings.vllm_urls) and plan.settings.engine == "vllm"
         self._courier: Courier | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="replica")
         self._progress = -1, -1
@@ -54,7 +61,8 @@ class EngineReplica:
         """Run a request; yields its events, those together that are there together.
 
         The first list is empty: from then on the engine has the request. An error is the last event, so that its class
-        and message stay as they are. When the caller cancels, the request is aborted.
+        and message stay as they are. When the caller cancels, the request is aborted. When the engine has ended, this
+        process ends: to the caller that is a replica that dies.
 
         Args:
             expires: seconds since the epoch when the request times out; it has waited for a replica before.
@@ -77,6 +85,8 @@ class EngineReplica:
             while left:
                 events = await _all(inbox)
                 left -= sum(isinstance(event, Generation) for event in events)
+                if isinstance(events[-1], EngineEndedError):
+                    _end_process(events[-1])
                 if isinstance(events[-1], Exception):
                     left = 0
                 yield events
@@ -99,12 +109,16 @@ class EngineReplica:
     async def check_health(self) -> None:
         """Called by Ray Serve every few seconds: the engine has made a step since the last time, or can make one.
 
+        An engine that has ended ends this process.
+
         Raises:
             EngineError: it cannot; after some failures Ray Serve starts another replica.
         """
         if self._has_stepped():
             return
         answers = await self._submit(_PROBE)
+        if self._has_servers:  # no other replica would find them better: it is enough that requests begin and end
+            answers.abort()
         try:
             await asyncio.wait_for(self._in_thread(answers.result), _PROBE_SECONDS)
         except TimeoutError as error:
@@ -112,6 +126,8 @@ class EngineReplica:
                 raise EngineError(
                     f"the engine has made no step for {_PROBE_SECONDS:.0f} s; this replica must be replaced."
                 ) from error
+        except EngineEndedError as error:
+            _end_process(error)
         finally:
             self._threads.submit(answers.abort)
         self._has_stepped()
@@ -160,6 +176,12 @@ async def _all(inbox: Inbox[None]) -> list[Event]:
         if isinstance(received[1], Exception):
             break
     return events
+
+
+def _end_process(error: EngineEndedError) -> NoReturn:
+    """End this replica at once. Ray Serve sends it no more requests then, and starts another one."""
+    _log.error("this replica ends, because its engine has: %s", error)
+    os._exit(1)
 
 
 async def _name(affinity: str) -> str:

@@ -14,7 +14,7 @@ from loraretriever.compose.pinned import adapter_id
 from loraretriever.config import Settings
 from loraretriever.engine.sampler import Sampled
 from loraretriever.engine.vllm.backend import Job, Limits, Part
-from loraretriever.errors import EngineError, InvalidInputError, LoraRetrieverError, ModelLoadError
+from loraretriever.errors import EngineEndedError, EngineError, InvalidInputError, LoraRetrieverError, ModelLoadError
 
 _OWN = "base model"  # the name of the base model where it needs no adapter
 
@@ -74,6 +74,7 @@ class InProcessBackend:
     async def generate(self, job: Job, on_start: Callable[[], None]) -> AsyncGenerator[Part]:
         """See `Backend`."""
         from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt = TokensPrompt(prompt_token_ids=list(job.tokens))
         if job.namespace:
@@ -88,6 +89,8 @@ class InProcessBackend:
                     yield Part(each.index, tuple(_sampled(each)), each.finish_reason, output.num_cached_tokens)
         except ValueError as error:
             raise InvalidInputError(f"vLLM refuses the request: {error}") from error
+        except EngineDeadError as error:
+            raise EngineEndedError("vLLM has ended; its log says why. Start this program again.") from error
         except LoraRetrieverError:
             raise
         except Exception as error:  # of vLLM: what it raises is not stated
