@@ -171,14 +171,17 @@ class ClusterSettings:
     """How the server is spread over a Ray cluster. Each field can be set by the environment, as those of the server.
 
     There are `replicas` of the engine, or more, up to `max_replicas` (None: never), so that each has about
-    `target_requests` (None: the engine's batch size) at once. A replica has a copy of the base model, `replica_cpus`
-    threads and `replica_gpus` GPUs. With `affinity` requests prefer replicas where their adapters are at hand.
-    `ingresses` route and compose.
+    `target_requests` (None: the engine's batch size) at once. Replicas are added when there have been too few for
+    `upscale_seconds`, and taken away when there have been too many for `downscale_seconds`. A replica has a copy of the
+    base model, `replica_cpus` threads and `replica_gpus` GPUs. With `affinity` requests prefer replicas where their
+    adapters are at hand. `ingresses` route and compose.
     """
 
     replicas: int = Field(default=1, ge=1, le=1024)
     max_replicas: int | None = Field(default=None, ge=1, le=1024)
     target_requests: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    upscale_seconds: _Seconds = Field(default=30.0, ge=0)
+    downscale_seconds: _Seconds = Field(default=600.0, ge=0)
     replica_cpus: int = Field(default=1, ge=1)
     replica_gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     affinity: bool = True

@@ -83,9 +83,12 @@ def test_a_range_of_replicas_is_autoscaled(tmp_path: Path) -> None:
     engine = deployments(app)["Engine"]
     scaling = engine._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 12)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s, scaling.look_back_period_s) == (30, 600, 30)
     assert (engine.max_ongoing_requests, engine.max_queued_requests) == (15, 100)
-    app = ray_app.app({"pool": str(tmp_path), "max_replicas": 5, "target_requests": 4.5})
-    assert deployments(app)["Engine"]._deployment_config.autoscaling_config.target_ongoing_requests == 4.5
+    args = {"max_replicas": 5, "target_requests": 4.5, "upscale_seconds": 5, "downscale_seconds": 20}
+    scaling = deployments(ray_app.app({"pool": str(tmp_path), **args}))["Engine"]._deployment_config.autoscaling_config
+    assert scaling.target_ongoing_requests == 4.5
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s, scaling.look_back_period_s) == (5, 20, 12)
 
 
 def test_places_are_whole_for_replicas_run_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from loraretriever.cluster.replica import EngineReplica
 _INGRESS_REQUESTS = 4096  # that one ingress handles at once
 _ROOM = 1.25  # requests at a replica per row of its batch: the next ones are there when rows become free
 _HEALTH_SECONDS, _HEALTH_TIMEOUT = 10.0, 30.0
+_LEAST_LOOK_BACK, _LOOK_BACK = 12.0, 30.0  # seconds that autoscaling looks back; Ray Serve wants above 10, and takes 30
 _CLOSE_SECONDS = 10.0  # beyond what requests have, for the pool to be closed
 
 
@@ -113,7 +114,12 @@ def _engine(plan: Plan, cluster: ClusterSettings) -> Deployment:
         target = cluster.target_requests or settings.batch_size
         number = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=cluster.replicas, max_replicas=cluster.max_replicas, target_ongoing_requests=target
+                min_replicas=cluster.replicas,
+                max_replicas=cluster.max_replicas,
+                target_ongoing_requests=target,
+                upscale_delay_s=cluster.upscale_seconds,
+                downscale_delay_s=cluster.downscale_seconds,
+                look_back_period_s=_look_back(cluster),
             )
         }
     return serve.deployment(
@@ -124,6 +130,11 @@ def _engine(plan: Plan, cluster: ClusterSettings) -> Deployment:
         **_care(plan),
         **number,
     )(EngineReplica)
+
+
+def _look_back(cluster: ClusterSettings) -> float:
+    """Of how many seconds the mean is taken: no more than the shorter delay, or what was before would delay it more."""
+    return max(_LEAST_LOOK_BACK, min(_LOOK_BACK, cluster.upscale_seconds, cluster.downscale_seconds))
 
 
 def _ingress(plan: Plan, cluster: ClusterSettings) -> Deployment:
