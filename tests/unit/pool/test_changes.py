@@ -4,10 +4,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from loraretriever.errors import InvalidInputError, PoolError
+from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
 from loraretriever.pool import Pool, changes
+from places import Place
 from tiny import write_peft_folder
 
 
@@ -138,3 +139,35 @@ def test_a_reader_can_follow_writers(filled: Pool) -> None:
             break
     _, entries = filled.entries("e")
     assert {name: entry.texts for name, entry in known.items()} == {name: each.texts for name, each in entries.items()}
+
+
+def test_what_is_remembered_is_what_a_new_reader_finds(filled: Pool, tmp_path: Path) -> None:
+    filled.watch()
+    steps = [
+        lambda: filled.add(write_peft_folder(tmp_path / "a", seed=3)),
+        lambda: filled.add_samples("a", ["more"]),
+        lambda: filled.add(tmp_path / "a", description="d", tags=["t"], tenant="acme"),
+        lambda: filled.set_enabled("a", False),
+        lambda: filled.set_encoder("some/encoder"),
+    ]
+    for step in steps:
+        filled.get("a"), filled.encoder
+        step()
+        with Pool.open(filled.location) as other:
+            assert (filled.get("a"), filled.encoder) == (other.get("a"), other.encoder)
+            assert filled.view("acme").find("a") == other.view("acme").find("a")
+    filled.remove("a")
+    with pytest.raises(AdapterNotFoundError):
+        filled.get("a")
+
+
+def test_of_a_file_another_process_s_changes_are_read_at_once(tmp_path: Path) -> None:
+    with Place(tmp_path / "pool").create() as pool, Pool.open(pool.location) as other:
+        other.watch()
+        pool.add(write_peft_folder(tmp_path / "a"), samples=["x"])
+        first = other.get("a")
+        seen: list[str] = []
+        event.listen(other._database._backend.reading, "before_cursor_execute", lambda *args: seen.append(args[2]))
+        assert other.get("a") is first and seen == []
+        pool.set_enabled("a", False)
+        assert not other.get("a").enabled and seen

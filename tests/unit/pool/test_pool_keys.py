@@ -114,6 +114,25 @@ def test_a_server_closes_within_a_second_of_the_first_key(pool: Pool, other: Poo
     assert other.keys.exist()
 
 
+def test_what_is_known_without_the_database(pool: Pool, clock: Clock) -> None:
+    store = pool.keys
+    assert not store.are_known(None)
+    assert not store.exist()
+    assert store.are_known(None) and store.are_known("lr-anything")
+    clock.now += 1
+    assert not store.are_known(None)
+    secret, key = store.create("ci", ["route"])
+    assert store.are_known(None) and store.are_known("no key at all")
+    assert not store.are_known(secret)
+    assert store.find(secret) == key
+    assert store.are_known(secret)
+    clock.now += 1
+    assert not store.are_known(secret)
+    store.find(secret)
+    store.revoke("ci")
+    assert not store.are_known(secret)
+
+
 def test_what_is_guessed_is_not_remembered(pool: Pool) -> None:
     pool.keys.create("ci", ["route"])
     for number in range(50):
