@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,15 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @contextmanager
-def run_cluster(pool: Path, models: Path, folder: Path, *options: object, **cluster: Any) -> Iterator[Cluster]:
+def run_cluster(
+    pool: Path,
+    models: Path,
+    folder: Path,
+    *options: object,
+    python: str = sys.executable,
+    environment: Mapping[str, str] = os.environ,
+    **cluster: Any,
+) -> Iterator[Cluster]:
     """Run the command, until the end of the block."""
     settings = folder / "cluster.toml"
     written = "".join(f"{name} = {json.dumps(value)}\n" for name, value in ({"replicas": REPLICAS} | cluster).items())
@@ -78,9 +86,9 @@ def run_cluster(pool: Path, models: Path, folder: Path, *options: object, **clus
         f'pool = "{pool}"\nencoder = "{models / "encoder"}"\nprecision = "float32"\ncache_mib = 8\n'
         f"batch_size = {ROWS}\nslots = {SLOTS}\n[server]\nport = 0\nrefresh_seconds = 0.05\n[cluster]\n{written}"
     )
-    command = [sys.executable, "-m", "loraretriever", "serve", "--cluster", "--json", "--config", str(settings)]
+    command = [python, "-m", "loraretriever", "serve", "--cluster", "--json", "--config", str(settings)]
     log = folder / "cluster.log"
-    environment = os.environ | {"LORARETRIEVER_CACHE": str(folder / "cache")}
+    environment = {**environment, "LORARETRIEVER_CACHE": str(folder / "cache")}
     with (
         log.open("w") as err,
         subprocess.Popen(
