@@ -16,12 +16,17 @@ SIZES = (2, 4, 8, 16)  # tokens of a step from which on it takes `tokens_2`, `to
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What one step does. A token's pairs are the tokens that it attends to; its uses the adapters that act on it."""
+    """What one step does. A token's uses are the adapters that act on it; its pairs the tokens that it attends to.
+
+    Sequences that decode attend side by side, those in adjacent rows of one capacity together, and each as if it were
+    as long as the longest of them: see `engine/attention.py`.
+    """
 
     tokens: int = 0  # of prompts and answers
     rows: int = 0  # sequences that get a token
     prompt: int = 0  # tokens of prompts
     chunks: int = 0  # sequences that these are of
+    sides: int = 0  # groups of sequences that decode side by side
     pairs: float = 0.0  # summed over all tokens
     adapted: int = 0  # 1 if adapters act on any of them
     adapters: int = 0  # distinct ones
@@ -32,7 +37,7 @@ class StepWork:
     def features(self) -> tuple[float, ...]:
         """What each of `StepCosts.coefficients` is multiplied with."""
         sizes = (float(self.tokens >= least) for least in SIZES)
-        tokens = self.rows, self.prompt, self.chunks, self.pairs
+        tokens = self.rows, self.prompt, self.chunks, self.sides, self.pairs
         return 1.0, *sizes, *tokens, self.adapted, self.adapters, self.uses, self.writes
 
 
@@ -40,10 +45,10 @@ class StepWork:
 class StepCosts:
     """Seconds that the engine takes, on one machine with one model and adapters of one size.
 
-    Semantics: a step takes step + row·rows + prompt·prompt + chunk·chunks + pair·pairs + adapted·adapted +
-    adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. With n tokens or more it takes `tokens_n`
-    more: products of more rows are computed in other ways, and their time jumps. `load` seconds after its turn has
-    come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
+    Semantics: a step takes step + row·rows + prompt·prompt + chunk·chunks + side·sides + pair·pairs + adapted·adapted
+    + adapter·adapters + use·uses + write·writes, with the counts of `StepWork`. With n tokens or more it takes
+    `tokens_n` more: products of more rows are computed in other ways, and their time jumps. `load` seconds after its
+    turn has come, an adapter is in host memory; `merge` is what making one of others takes there, beside loading those.
 
     Raises:
         InvalidInputError: a value is not a number of seconds, or a step takes no time.
@@ -57,6 +62,7 @@ class StepCosts:
     tokens_8: float = 0.0
     tokens_16: float = 0.0
     chunk: float = 0.0
+    side: float = 0.0
     pair: float = 0.0
     adapted: float = 0.0
     adapter: float = 0.0
@@ -78,7 +84,7 @@ class StepCosts:
     def coefficients(self) -> tuple[float, ...]:
         """Those of a step, in the order of `StepWork.features`."""
         sizes = self.tokens_2, self.tokens_4, self.tokens_8, self.tokens_16
-        tokens = self.row, self.prompt, self.chunk, self.pair
+        tokens = self.row, self.prompt, self.chunk, self.side, self.pair
         return self.step, *sizes, *tokens, self.adapted, self.adapter, self.use, self.write
 
     def seconds(self, work: StepWork) -> float:

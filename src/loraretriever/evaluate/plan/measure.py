@@ -38,7 +38,7 @@ _WARM_PROMPT = 4  # tokens
 _LEAST_STEP = 1e-9  # seconds: a step takes some time, whatever noise there was
 _FITTED = (
     "step", "tokens_2", "tokens_4", "tokens_8", "tokens_16",
-    "row", "prompt", "chunk", "pair", "adapted", "adapter", "use",
+    "row", "prompt", "chunk", "side", "pair", "adapted", "adapter", "use",
 )  # fmt: skip
 
 
@@ -106,6 +106,9 @@ CASES = (
     Case(12, 128, 32, 1, 12, running=4),
     Case(12, 128, 32, 3, 12, running=4),
     Case(24, 128, 32, 1, 24, running=8),
+    Case(10, 128, 48, running=10),
+    Case(16, 128, 48, 1, 16, running=16),
+    Case(6, 128, 48, 3, 18, running=6),
 )
 
 

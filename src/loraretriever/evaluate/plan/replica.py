@@ -13,7 +13,7 @@ from typing import cast
 
 from loraretriever.batch import AdapterRef
 from loraretriever.batch.slots import SlotTable
-from loraretriever.engine.pages import PageTable
+from loraretriever.engine.pages import PageTable, Place
 from loraretriever.engine.scheduler import Job, Limits, Plan, Scheduler
 from loraretriever.errors import InvalidInputError, OverloadedError
 from loraretriever.evaluate.plan.costs import StepCosts, StepWork
@@ -210,7 +210,7 @@ class Replica:
         return len(missing)
 
     def _begin(self, plan: Plan, writes: int, now: float) -> None:
-        work = _work(plan.chunks, writes)
+        work = _work(plan.chunks, writes, self._table)
         seconds = self._costs.seconds(work)
         growth = self._costs.pair * work.rows
         stretch = _Stretch(now, self._steps_alike(plan), seconds, growth, plan.chunks)
@@ -260,20 +260,37 @@ class Replica:
         return ended
 
 
-def _work(chunks: Sequence[tuple[Job, int]], writes: int) -> StepWork:
+def _work(chunks: Sequence[tuple[Job, int]], writes: int, table: PageTable) -> StepWork:
     tokens = rows = prompt = parts = uses = 0
     pairs = 0.0
     adapters: set[Hashable] = set()
+    decoding = []
     for job, count in chunks:
         tokens += count
         rows += job.computed + count == job.tokens
+        uses += count * len(job.adapters)
+        adapters |= job.adapters
         if job.tokens - job.computed > 1:
             prompt += count
             parts += 1
-        pairs += count * (job.computed + (count + 1) / 2)
-        uses += count * len(job.adapters)
-        adapters |= job.adapters
-    return StepWork(tokens, rows, prompt, parts, pairs, int(bool(adapters)), len(adapters), uses, writes)
+            pairs += count * (job.computed + (count + 1) / 2)
+        else:
+            decoding.append((table[job], job.tokens))
+    sides = _sides(decoding)
+    pairs += sum(len(side) * max(side) for side in sides)
+    return StepWork(tokens, rows, prompt, parts, len(sides), pairs, int(bool(adapters)), len(adapters), uses, writes)
+
+
+def _sides(decoding: Sequence[tuple[Place, int]]) -> list[list[int]]:
+    """The lengths of sequences in adjacent rows of one capacity, as `StepLayout` takes them together."""
+    sides: list[list[int]] = []
+    behind = None
+    for place, length in sorted(decoding, key=lambda each: each[0].start):
+        if place != behind:
+            sides.append([])
+        sides[-1].append(length)
+        behind = Place(place.start + place.capacity, place.capacity)
+    return sides
 
 
 @dataclass(frozen=True, slots=True)
