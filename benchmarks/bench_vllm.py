@@ -10,6 +10,9 @@ does. One JSON object per way, as that command prints it, with the way's name.
 - `adapters`: mixtures of three, each made into an adapter of rank 48; 8 in slots of rank 64.
 - `adapters-short`: the same with at most 32 tokens a step.
 
+Idle threads of vLLM's OpenMP are told not to spin: they would take the processors from gateway and load, which in a
+deployment are elsewhere.
+
 The model `tiny` has random weights and takes next to no time, so that it shows what everything else takes.
 """
 
@@ -46,6 +49,7 @@ class Way:
     k: int
 
 
+_IDLE = {"KMP_BLOCKTIME": "1"}  # milliseconds
 _MADE = ("--max-loras", "8", "--max-lora-rank", "64")
 WAYS = {
     "lanes": Way(
@@ -87,7 +91,7 @@ def main() -> None:
         for name in args.ways:
             way = WAYS[name]
             length = ("--max-model-len", "512" if args.model == "tiny" else "2048")
-            with vllm_server(Path(logs), model, str(pool), *length, *way.options, **way.variables) as running:
+            with vllm_server(Path(logs), model, str(pool), *length, *way.options, **_IDLE, **way.variables) as running:
                 report = bench_vllm(replace(sizes, url=running.url, k=way.k))
             output.write({"benchmark": "vllm", "way": name, "model": args.model, "report": json.loads(to_json(report))})
 
