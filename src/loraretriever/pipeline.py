@@ -212,7 +212,8 @@ class LoraRetriever:
     ) -> Composition:
         """The composition for a routed prompt: of the hits that carry the weight; where none fits, the fallback's.
 
-        A gate weighs the adapters itself, so that it gets all hits, with equal weights.
+        A gate weighs the adapters itself, so that it gets all hits, with equal weights. Where vLLM has to reduce a
+        mixture (`vllm_reduce`), it is what vLLM runs then.
         """
         name, weighting = strategy or self.settings.strategy, weighting or self.settings.weighting
         chosen, is_gated = get_strategy(name), is_gate(name)
@@ -226,7 +227,18 @@ class LoraRetriever:
             weights = weigh(hits, weighting, self.settings.weighting_temperature)
             if is_gated:
                 return chosen(hits, weights)
-            return chosen(*round_weights(*cover(hits, weights, self.settings.coverage), self._weight_step))
+            return self._reduced(
+                chosen(*round_weights(*cover(hits, weights, self.settings.coverage), self._weight_step))
+            )
+
+    def _reduced(self, composition: Composition) -> Composition:
+        """What the engine runs, as answers name it. The engine is asked only where it may reduce something."""
+        rank = self.engine.reduces_to if self.settings.vllm_reduce else None
+        if rank is None:
+            return composition
+        from loraretriever.compose.folders import reduced
+
+        return reduced(self.pool, composition, rank)
 
     @property
     def _weight_step(self) -> float:
@@ -369,7 +381,7 @@ class LoraRetriever:
                 raise InvalidInputError(
                     f"adapter {name!r} is disabled; enable it with: loraretriever pool enable {name}"
                 )
-        return compose_explicit(strategy or self.settings.strategy, adapters)
+        return self._reduced(compose_explicit(strategy or self.settings.strategy, adapters))
 
     def close(self) -> None:
         """Stop the engine, if it was needed, and close the pool."""

@@ -64,6 +64,7 @@ class RayEngine:
         self._closed = False
         tokenizer = load_tokenizer(base_model)
         self.max_length = int(self._call("max_length", timeout=None))
+        self.reduces_to: int | None = self._call("reduces_to")
         self._prompts = PromptReader(tokenizer, len(tokenizer), self.max_length)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ray-engine", daemon=True)

@@ -102,6 +102,10 @@ class EngineReplica:
         """See `Engine`."""
         return self._engine.max_length
 
+    async def reduces_to(self) -> int | None:
+        """See `Engine`."""
+        return self._engine.reduces_to
+
     async def stats(self) -> tuple[str, EngineStats]:
         """The replica's name, and what its engine does."""
         return serve.get_replica_context().replica_tag, self._engine.stats()

@@ -15,7 +15,7 @@ from loraretriever.compose.merged import MergedStore
 from loraretriever.compose.pinned import Pinned, parse_pinned, pinned_name
 from loraretriever.compose.single import VERSION, check_single, single_adapter, single_rank
 from loraretriever.config import cache_folder
-from loraretriever.errors import InvalidInputError
+from loraretriever.errors import AdapterNotFoundError, InvalidInputError
 from loraretriever.types import Adapter, AdapterWeights, Composition, LoraPair, Merge
 
 _KEEP_SECONDS = 600.0  # an engine that cannot read a folder that it was told of may end
@@ -171,6 +171,18 @@ class AdapterFolders:
 def open_folders(pool: Revisions, cache_mib: int) -> AdapterFolders:
     """Those in the cache folder of this machine."""
     return AdapterFolders(pool, cache_folder() / "single", cache_mib << 20)
+
+
+def reduced(source: Revisions, composition: Composition, max_rank: int) -> Composition:
+    """What an engine that reduces to this rank runs in place of a composition: see `AdapterFolders.name`.
+
+    What it refuses stays as it is.
+    """
+    try:
+        ranks = [max(source.get(name).ranks) for name in composition.adapters]
+        return fitting(composition, ranks, max_rank, reduce=True)
+    except (AdapterNotFoundError, InvalidInputError):
+        return composition
 
 
 def fitting(composition: Composition, ranks: Sequence[int], max_rank: int, reduce: bool) -> Composition:

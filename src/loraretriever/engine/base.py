@@ -74,6 +74,11 @@ class Engine(Protocol):
         """Tokens of the longest prompt and answer together."""
         ...
 
+    @property
+    def reduces_to(self) -> int | None:
+        """The rank to which it reduces mixtures of a larger one, by the merge `svd`; None: it reduces nothing."""
+        ...
+
     def count_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt as the model reads it.
 

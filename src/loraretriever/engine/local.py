@@ -42,6 +42,8 @@ _LINGER = 1.0  # seconds that the thread waits for the next request; an engine t
 class LocalEngine:
     """Runs requests on one model in this process. Any thread may use it; `close` it in the end."""
 
+    reduces_to: int | None = None  # it takes mixtures of any rank
+
     def __init__(
         self,
         base: BaseModel,

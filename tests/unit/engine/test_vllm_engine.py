@@ -17,8 +17,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from loraretriever.compose import compose_explicit
+from loraretriever.compose import compose_explicit, format_composition
 from loraretriever.compose.folders import AdapterFolders
+from loraretriever.config import load_settings
 from loraretriever.engine.vllm import remote
 from loraretriever.engine.vllm.engine import VllmEngine
 from loraretriever.engine.vllm.remote import RemoteBackend
@@ -30,7 +31,9 @@ from loraretriever.errors import (
     ModelLoadError,
     OverloadedError,
 )
+from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
+from loraretriever.retrieve.loading import load_retriever
 from loraretriever.types import Composition, Piece, Request, Sampling
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
 from tiny_text import tiny_tokenizer
@@ -385,6 +388,21 @@ def test_mixtures_are_reduced_where_that_is_asked_for(pool: Pool, tmp_path: Path
     with engine_over(pool, tmp_path, fake, reduce=True) as engine:
         engine.submit(Request("What?", three, Sampling(max_tokens=4))).result()
     assert re.fullmatch(r"svd\(.*;rank=8\)", fake.bodies[0]["model"])
+
+
+def test_the_answer_says_that_a_mixture_was_reduced(pool: Pool, tmp_path: Path, fake: FakeVllm) -> None:
+    def ask(reduce: bool, **adapters: float) -> str:
+        settings = load_settings(engine="vllm", vllm_reduce=reduce)
+        with engine_over(pool, tmp_path, fake, reduce=reduce) as engine:
+            retriever = LoraRetriever(pool, settings, load_retriever, lambda pool, settings: engine)
+            running = retriever.submit("What?", adapters=adapters, sampling=Sampling(max_tokens=4))
+            running.answers.result()
+            return format_composition(running.composition)
+
+    assert re.fullmatch(r"svd\(.*;rank=8\)", ask(True, sql=0.5, german=0.25, math=0.25))
+    assert ask(True, sql=0.5, german=0.5) == "mixture(sql=0.5,german=0.5)"
+    with pytest.raises(InvalidInputError, match="takes 8 at most"):
+        ask(False, sql=0.5, german=0.25, math=0.25)
 
 
 def test_servers_that_cannot_be_used(

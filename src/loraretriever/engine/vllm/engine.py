@@ -167,6 +167,11 @@ class VllmEngine:
         """Tokens of the longest prompt and answer together."""
         return self._limits.max_length
 
+    @property
+    def reduces_to(self) -> int | None:
+        """See `Engine`: what vLLM takes, where that is asked for and vLLM does not compose adapters itself."""
+        return self._limits.max_rank if self._reduce and not self._limits.lanes else None
+
     def count_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt as the model reads it.
 
