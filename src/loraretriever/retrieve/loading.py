@@ -83,7 +83,7 @@ def _instruction(name: str, settings: Settings, default: str) -> str:
 
 
 def _has_int8_products() -> bool:
-    """Whether the processor has fast products of 8-bit integers (VNNI); else they take 40 times as long as float32."""
+    """Whether the processor has fast products of 8-bit integers (VNNI); without, PyTorch takes 40 times as long."""
     import torch
 
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
