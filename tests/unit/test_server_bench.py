@@ -106,7 +106,8 @@ def test_references_can_be_told_apart(references: References) -> None:
 
 def test_soak(pool: Path, models: Path, contents: list[Content], references: References) -> None:
     with serving(pool, models) as served:
-        report = run_soak(served.url, contents, references)
+        # So many that changes of every kind come while they run.
+        report = run_soak(served.url, contents, references, replace(OPTIONS, requests=1000))
     assert report.is_well, report
     assert report.changes.keys() == {"update", "add", "delete"}
     assert {"adapter", "composition", "auto", "base", "gone", "bad"} <= report.requests.keys()

@@ -96,9 +96,13 @@ def test_the_base_model_needs_the_zero_adapter_beside_rows_with_adapters(
     for model in strong:
         assert text(model) != alone
     with ThreadPoolExecutor(12) as threads:
-        beside = {model: list(threads.map(text, [strong[0], model] * 6))[1::2] for model in ("base-model", "base")}
-    assert any(each != alone for each in beside["base-model"])
-    assert beside["base"] == [alone] * 6
+
+        def beside(model: str) -> list[str]:
+            return list(threads.map(text, [strong[0], model] * 6))[1::2]
+
+        # Which requests share a batch is chance.
+        assert any(each != alone for _ in range(10) for each in beside("base-model"))
+        assert beside("base") == [alone] * 6
 
 
 def test_names_are_let_go_and_found_again(tmp_path: Path, wide: Path, tiny_pool: Path) -> None:
