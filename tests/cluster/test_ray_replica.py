@@ -73,6 +73,12 @@ def test_first_nothing_then_pieces_at_last_the_answers(run: Run, engine: EngineR
         assert "".join(pieces) == answer.text
 
 
+def test_what_an_ingress_asks_at_the_beginning(run: Run, engine: EngineReplica) -> None:
+    assert run(engine.max_length()) == 512 and run(engine.reduces_to()) is None
+    engine._engine = SimpleNamespace(reduces_to=8, close=engine._engine.close)
+    assert run(engine.reduces_to()) == 8
+
+
 def test_errors_are_events(run: Run, engine: EngineReplica) -> None:
     ((error,),) = run(collect(engine, Request("x" * 5000)))
     assert type(error) is InvalidInputError

@@ -19,6 +19,7 @@ from loraretriever.types import (
     Composition,
     Generation,
     Hit,
+    Merge,
     Message,
     Mixer,
     Ranking,
@@ -36,6 +37,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.gone: set[str] = set()
         self.refused = lambda: None
+        self.reduces_to: int | None
 
     def submit(self, request: Request) -> Any:
         self.requests.append(request)
@@ -89,6 +91,29 @@ def scripted(retriever: LoraRetriever, engine: FakeEngine) -> Scripted:
         return LoraRetriever(retriever.pool, Settings(**settings), lambda pool, s: found, lambda pool, s: engine)
 
     return make
+
+
+def test_the_composition_is_what_an_engine_that_reduces_mixtures_runs(
+    retriever: LoraRetriever, engine: FakeEngine, scripted: Scripted
+) -> None:
+    """However it comes about; and a removed adapter is no reason to fail before the engine has been asked."""
+    hits = (Hit("sql", 0.5, 0.0), Hit("german", 0.3, 0.0), Hit("gone", 0.2, 0.0))
+    for number, fits in ((2, False), (3, True)):
+        reducing = scripted(Ranking(hits[:number], 1.0, 0.5), vllm_reduce=True, weighting="uniform")
+        for rank, strategy in ((4, "svd"), (8, "mixture"), (None, "mixture")):
+            engine.reduces_to = rank
+            strategy = "mixture" if fits else strategy
+            (completion,) = reducing.generate(["x"])
+            submitted = reducing.submit("x")
+            assert completion.composition == submitted.composition == reducing.compose(reducing.route(["x"])[0])
+            assert [each.composition for each in engine.requests[-2:]] == [submitted.composition] * 2
+            assert submitted.composition.strategy == strategy and len(submitted.composition.adapters) == number
+    engine.reduces_to = 4
+    named = {"sql": 0.7, "german": 0.3}
+    assert reducing.prepare("x", adapters=named)[1].merge == Merge("svd", rank=4)
+    assert reducing.prepare("x", adapters={})[1] == BASE_COMPOSITION
+    del engine.reduces_to  # nobody asks
+    assert retriever.prepare("x", adapters=named)[1].strategy == "mixture"
 
 
 def test_completions_come_in_the_prompts_order_with_all_that_led_to_them(retriever: LoraRetriever) -> None:

@@ -36,10 +36,14 @@ async def route(body: RouteBody, state: State, caller: Annotated[Caller, Depends
     seconds = time.perf_counter() - start
     for found in routes:
         state.metrics.routed(found, seconds)
-    data = [
-        _route_json(state, names, body, index, found, reason, point)
-        for index, (found, reason, point) in enumerate(zip(routes, reasons, points, strict=True))
-    ]
+
+    def rows() -> list[dict[str, Any]]:
+        return [
+            _route_json(state, names, body, index, found, reason, point)
+            for index, (found, reason, point) in enumerate(zip(routes, reasons, points, strict=True))
+        ]
+
+    data = await state.run(rows)  # composing may look up adapters
     return {"object": "list", "data": data, "milliseconds": round(seconds * 1000, 3)}
 
 

@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 
-from loraretriever.compose import compose_explicit, merged
-from loraretriever.compose.folders import AdapterFolders
+from loraretriever.compose import compose_explicit, format_composition, merged
+from loraretriever.compose.folders import AdapterFolders, reduced
 from loraretriever.compose.lanes import Lane
 from loraretriever.errors import AdapterNotFoundError, InvalidInputError, PoolError
 from loraretriever.pool import Pool
@@ -115,6 +115,16 @@ def test_ranks_that_are_too_large(folders: AdapterFolders) -> None:
     modules = load_weights(folders.folder(reduced), "", "").modules
     assert {len(pair.a) for pair in modules.values()} == {8}
     assert folders.name(compose_explicit("fusion", {"sql": 0.5, "math": 0.5}), 8).startswith("fusion(")
+
+
+def test_what_an_engine_that_reduces_runs(pool: Pool) -> None:
+    large, small = mixture(sql=0.5, math=0.5), mixture(sql=1)
+    made = reduced(pool, large, 8)
+    assert format_composition(made) == "svd(sql=0.5,math=0.5;rank=8)" and reduced(pool, made, 8) == made
+    assert reduced(pool, large, 12) == large and reduced(pool, small, 8) == small
+    refused = [compose_explicit("arrow", {"sql": 0.5, "math": 0.5}), compose_explicit("ties", {"sql": 1, "math": 1})]
+    for composition in (*refused, mixture(sql=1, gone=1), BASE_COMPOSITION):
+        assert reduced(pool, composition, 2) == composition
 
 
 def test_what_is_made_is_kept_and_mended(folders: AdapterFolders) -> None:

@@ -33,10 +33,12 @@ from loraretriever.errors import (
 )
 from loraretriever.pipeline import LoraRetriever
 from loraretriever.pool import Pool
+from loraretriever.retrieve import PaperRetriever
 from loraretriever.retrieve.loading import load_retriever
 from loraretriever.types import Composition, Piece, Request, Sampling
 from tiny import TINY_BASE, TINY_SPEC, write_peft_folder
-from tiny_text import tiny_tokenizer
+from tiny_text import WordEncoder, tiny_tokenizer
+from unit.server.conftest import serving_app
 
 INFO = {
     "version": "0",
@@ -387,7 +389,13 @@ def test_mixtures_are_reduced_where_that_is_asked_for(pool: Pool, tmp_path: Path
     three = compose_explicit("mixture", {"sql": 1, "german": 1, "math": 1})
     with engine_over(pool, tmp_path, fake, reduce=True) as engine:
         engine.submit(Request("What?", three, Sampling(max_tokens=4))).result()
+        assert engine.reduces_to == 8
     assert re.fullmatch(r"svd\(.*;rank=8\)", fake.bodies[0]["model"])
+    with engine_over(pool, tmp_path, fake) as engine:
+        assert engine.reduces_to is None
+    fake.info = INFO | {"lanes": True}
+    with engine_over(pool, tmp_path, fake, reduce=True) as engine:
+        assert engine.reduces_to is None, "lanes take mixtures of any rank"
 
 
 def test_the_answer_says_that_a_mixture_was_reduced(pool: Pool, tmp_path: Path, fake: FakeVllm) -> None:
@@ -403,6 +411,42 @@ def test_the_answer_says_that_a_mixture_was_reduced(pool: Pool, tmp_path: Path, 
     assert ask(True, sql=0.5, german=0.5) == "mixture(sql=0.5,german=0.5)"
     with pytest.raises(InvalidInputError, match="takes 8 at most"):
         ask(False, sql=0.5, german=0.25, math=0.25)
+
+
+def test_all_that_the_server_says_of_a_reduced_mixture(pool: Pool, tmp_path: Path, fake: FakeVllm) -> None:
+    """In their fields, in headers, and in the library. Asked for by that name, it is the same."""
+    with engine_over(pool, tmp_path, fake, reduce=True) as engine:
+        settings = load_settings(engine="vllm", vllm_reduce=True)
+        retriever = LoraRetriever(
+            pool, settings, lambda reader, _: PaperRetriever(reader, WordEncoder()), lambda pool, _: engine
+        )
+        asked = {"sql": 0.5, "german": 0.3, "math": 0.2}
+        (completion,) = retriever.generate(["What?"], adapters=asked, sampling=Sampling(max_tokens=4))
+        with serving_app(retriever) as served, served.client() as client:
+            body = {"messages": [{"role": "user", "content": "sql"}], "model": "auto", "max_tokens": 4}
+            named = client.post("/v1/chat/completions", json=body | {"lora": {"adapters": asked}})
+            again = client.post("/v1/chat/completions", json=body | {"model": named.json()["model"]})
+            options = {"k": 3, "weighting": "uniform", "threshold": -1}
+            found = client.post("/v1/chat/completions", json=body | {"lora": options})
+            small = client.post("/v1/chat/completions", json=body | {"lora": options | {"k": 2}})
+            (row,) = client.post("/v1/route", json={"input": "sql"} | options).json()["data"]
+            gated = client.post("/v1/route", json={"input": "sql", "strategy": "arrow"} | options).json()["data"]
+    reduced = "svd(sql=0.5,german=0.3,math=0.2;rank=8)"
+    assert format_composition(completion.composition) == reduced
+    for response in (named, again):
+        told = response.json()
+        assert told["model"] == told["lora"]["composition"] == response.headers["x-lora-composition"] == reduced
+        assert told["lora"]["strategy"] == "svd"
+        assert told["lora"]["adapters"][0] == {"name": "sql", "weight": 0.5}
+    told = found.json()["lora"]
+    assert re.fullmatch(r"svd\(.*;rank=8\)", told["composition"]) and len(told["adapters"]) == 3
+    assert (row["composition"], row["strategy"]) == (told["composition"], "svd")
+    assert small.json()["lora"]["strategy"] == "mixture", "two of rank 4 are small enough"
+    assert gated[0]["strategy"] == "arrow", "what vLLM refuses stays as it is"
+    asked_for = [each["model"] for each in fake.bodies if each["model"] != "base"]  # by the server when it starts
+    names = [re.sub(r"@[0-9a-f]+", "", each) for each in asked_for]
+    assert names[:3] == ["svd(german=0.3,math=0.2,sql=0.5;rank=8)"] * 3
+    assert [name.partition("(")[0] for name in names[3:]] == ["svd", "mixture"]
 
 
 def test_servers_that_cannot_be_used(
