@@ -60,6 +60,7 @@ class FakeVllm:
     def __init__(self) -> None:
         self.script: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.connections: list[int] = []  # the client's port, for each request
         self.aborted = threading.Event()
         self.go_on = threading.Event()
         self.info: Any = INFO
@@ -83,6 +84,8 @@ class FakeVllm:
     async def _complete(self, request: HttpRequest) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        assert request.client is not None
+        self.connections.append(request.client.port)
         step = self.script.pop(0) if self.script else "answer"
         if step.isdecimal():
             return JSONResponse({"error": {"message": f"said {step}", "code": int(step)}}, int(step))
@@ -230,6 +233,12 @@ def test_base_model_and_several_answers(engine: VllmEngine, fake: FakeVllm) -> N
         assert [(answer.index, answer.text) for answer in answers] == [(0, TEXT), (1, TEXT), (2, TEXT)]
         body = fake.bodies.pop()
         assert (body["model"], body["n"]) == ("base", asked)
+
+
+def test_a_connection_is_used_again(engine: VllmEngine, fake: FakeVllm) -> None:
+    for _ in range(5):
+        engine.submit(ask(engine)).result()
+    assert len(fake.connections) == 5 and len(set(fake.connections)) == 1
 
 
 def test_run_yields_all(engine: VllmEngine, fake: FakeVllm) -> None:

@@ -163,7 +163,7 @@ class RemoteBackend:
             _ElsewhereError: it failed, or has no room, before it sent anything.
             LoraRetrieverError: it refuses the job, or failed later.
         """
-        has_begun = False
+        has_begun = is_done = False
         server.running += 1
         try:
             async with self._session.post(f"{server.url}/v1/completions", json=_body(job)) as answer:
@@ -173,9 +173,8 @@ class RemoteBackend:
                 last: Part | None = None  # of a single answer, kept for what is said of the prompt after it
                 async for event in self._events(server, answer):
                     if event == b"[DONE]":
-                        if last is not None:
-                            yield last
-                        return
+                        is_done = True  # the connection is used again only if the answer is read to its end
+                        continue
                     chunk = json.loads(event)
                     has_begun = True
                     if last is not None:
@@ -185,7 +184,10 @@ class RemoteBackend:
                             last = part
                         else:
                             yield part
-                raise aiohttp.ClientPayloadError("the answer ended before it was complete")
+                if not is_done:
+                    raise aiohttp.ClientPayloadError("the answer ended before it was complete")
+            if last is not None:
+                yield last
         except _FAILURES as error:
             server.failed = time.monotonic()
             failure = EngineError(f"the vLLM server at {server.url} failed: {_said(error)}; send the request again.")
